@@ -1,0 +1,284 @@
+"""Downloads, verifies and unpacks CIFAR-10 in its binary form.
+
+    python cifar10_download_and_extract.py --data_dir=/tmp/cifar10_data
+
+The folder then holds `cifar-10-binary.tar.gz` and `cifar-10-batches-bin/`, with
+five files of training records and one of evaluation records. A record is 3,073
+bytes: a label 0-9, then 1,024 red, 1,024 green and 1,024 blue values, row by
+row [1]. Only verified files get these names; running again fetches only what
+is missing or damaged.
+
+References:
+  [1] Alex Krizhevsky: Learning Multiple Layers of Features from Tiny Images.
+      2009. https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+import hashlib
+import http.client
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+
+from absl import app, flags
+import numpy as np
+
+DATA_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+ARCHIVE_NAME = 'cifar-10-binary.tar.gz'
+ARCHIVE_SHA256 = (
+    'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
+FOLDER_NAME = 'cifar-10-batches-bin'
+TRAIN_FILES = tuple(f'data_batch_{i}.bin' for i in range(1, 6))
+TEST_FILE = 'test_batch.bin'
+FILE_SHA256 = {
+    'data_batch_1.bin':
+        'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5',
+    'data_batch_2.bin':
+        'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed',
+    'data_batch_3.bin':
+        'bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67',
+    'data_batch_4.bin':
+        '014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48',
+    'data_batch_5.bin':
+        '755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add',
+    'test_batch.bin':
+        '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b',
+}
+CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer',
+           'dog', 'frog', 'horse', 'ship', 'truck')
+RECORD_BYTES = 1 + 3 * 32 * 32
+RECORDS_PER_FILE = 10000
+
+TIMEOUT_SECONDS = 60  # without a byte from the server
+CHUNK_BYTES = 1 << 20
+
+
+class Cifar10Error(Exception):
+  """What the user can mend. The message is one line that says how."""
+
+
+def read_records(filename: str) -> np.ndarray:
+  """Reads and checks one binary file of CIFAR-10.
+
+  Args:
+    filename: Path of the file.
+
+  Returns:
+    Its records, uint8 [N, 3073], N > 0: label, then red, green and blue plane.
+
+  Raises:
+    Cifar10Error: The file is missing, cut off or holds a label above 9.
+  """
+  again = 'cifar10_download_and_extract.py'
+  try:
+    data = np.fromfile(filename, np.uint8)
+  except FileNotFoundError:
+    raise Cifar10Error(f'{filename} is missing: run {again} first') from None
+  if not data.size or data.size % RECORD_BYTES:
+    raise Cifar10Error(
+        f'{filename} is damaged: {data.size:,} bytes are not a whole number of '
+        f'{RECORD_BYTES:,}-byte records; run {again} again')
+  records = data.reshape(-1, RECORD_BYTES)
+  wrong = np.flatnonzero(records[:, 0] >= len(CLASSES))
+  if wrong.size:
+    raise Cifar10Error(
+        f'{filename} is damaged: record {wrong[0]} has label '
+        f'{records[wrong[0], 0]}, not 0-9; run {again} again')
+  return records
+
+
+def download_and_extract(data_dir: str, data_url: str = DATA_URL,
+                         skip_checksums: bool = False) -> None:
+  """Brings a folder to the state that this module's docstring describes.
+
+  Args:
+    data_dir: The folder; made if it is not there.
+    data_url: Address of the archive: https, http or file.
+    skip_checksums: Whether to take other files than the published ones, as long
+      as their sizes and labels are right.
+
+  Raises:
+    Cifar10Error: The archive cannot be had, or it or an existing file is wrong.
+    OSError: The folder cannot be written.
+  """
+  folder = os.path.join(data_dir, FOLDER_NAME)
+  to_extract = [name for name in FILE_SHA256
+                if not is_sound(os.path.join(folder, name), skip_checksums)]
+  if not to_extract:
+    print(f'{folder} is complete, nothing to do.')
+    return
+  os.makedirs(data_dir, exist_ok=True)
+  archive = os.path.join(data_dir, ARCHIVE_NAME)
+  # Beside the final places, so that a rename, all or nothing, ends the work.
+  with tempfile.TemporaryDirectory(prefix='.partial-', dir=data_dir) as partial:
+    if not is_right_archive(archive, skip_checksums):
+      fetched = os.path.join(partial, ARCHIVE_NAME)
+      download(data_url, fetched, archive)
+      if not is_right_archive(fetched, skip_checksums):
+        raise Cifar10Error(
+            f'{data_url} is not the published archive: its SHA-256 is '
+            f'{sha256(fetched)}; --skip_checksums would take it nevertheless')
+      os.replace(fetched, archive)
+    extract(archive, to_extract, partial)
+    for name in to_extract:
+      if not is_sound(os.path.join(partial, name), skip_checksums):
+        raise Cifar10Error(f'{archive} holds a damaged {name}: delete the '
+                           'archive and run this again')
+    os.makedirs(folder, exist_ok=True)
+    for name in to_extract:
+      os.replace(os.path.join(partial, name), os.path.join(folder, name))
+  print(f'{folder} is complete: {len(TRAIN_FILES) * RECORDS_PER_FILE:,} '
+        f'training and {RECORDS_PER_FILE:,} evaluation records.')
+
+
+def is_sound(filename: str, skip_checksums: bool) -> bool:
+  """Tells whether a file is there and whole.
+
+  Args:
+    filename: Path of one of the six files.
+    skip_checksums: Whether right size and labels are enough.
+
+  Raises:
+    Cifar10Error: The file is whole but not the published one: somebody's own
+      data, which must neither be used unasked nor be overwritten.
+  """
+  try:
+    num_records = len(read_records(filename))
+  except Cifar10Error:
+    return False
+  if num_records != RECORDS_PER_FILE:
+    return False
+  published = FILE_SHA256[os.path.basename(filename)]
+  if not skip_checksums and sha256(filename) != published:
+    raise Cifar10Error(
+        f'{filename} is not the published file, its SHA-256 differs: move it '
+        'away and run this again')
+  return True
+
+
+def is_right_archive(archive: str, skip_checksums: bool) -> bool:
+  """Tells whether the archive is there and, where asked, the published one."""
+  return os.path.isfile(archive) and (
+      skip_checksums or sha256(archive) == ARCHIVE_SHA256)
+
+
+def sha256(filename: str) -> str:
+  """Returns the SHA-256 of a file in hexadecimal digits."""
+  digest = hashlib.sha256()
+  with open(filename, 'rb') as file:
+    while chunk := file.read(CHUNK_BYTES):
+      digest.update(chunk)
+  return digest.hexdigest()
+
+
+def download(data_url: str, filename: str, archive: str) -> None:
+  """Fetches an address into a file and shows progress on a terminal.
+
+  Args:
+    data_url: What to fetch.
+    filename: Where to write it.
+    archive: Where the user can place the archive by hand, for the error.
+
+  Raises:
+    Cifar10Error: The address cannot be fetched, or not to its end.
+  """
+  try:
+    with urllib.request.urlopen(data_url, timeout=TIMEOUT_SECONDS) as response:
+      total = int(response.headers.get('Content-Length', 0))
+      with open(filename, 'wb') as file:
+        while chunk := response.read(CHUNK_BYTES):
+          file.write(chunk)
+          show_progress(file.tell(), total)
+        size = file.tell()
+    if size < total:
+      raise http.client.IncompleteRead(b'', total - size)
+  except (urllib.error.URLError, http.client.HTTPException,
+          TimeoutError, ConnectionError) as error:
+    reason = getattr(error, 'reason', error)
+    raise Cifar10Error(
+        f'Cannot fetch {data_url} ({reason}): try again, or fetch it another '
+        f'way, place it as {archive} and run this again') from None
+  print(f'Successfully downloaded {ARCHIVE_NAME} {size} bytes.')
+
+
+def show_progress(size: int, total: int) -> None:
+  """Rewrites the progress line, if there is a terminal to see it."""
+  if sys.stdout.isatty():
+    share = f'{size / total:.1%}' if total else f'{size >> 20} MiB'
+    end = '\n' if size == total else ''
+    print(f'\r>> Downloading {ARCHIVE_NAME} {share}', end=end, flush=True)
+
+
+def extract(archive: str, names: list[str], folder: str) -> None:
+  """Extracts the named files, and nothing else, into a folder.
+
+  Args:
+    archive: Path of the tar.gz archive.
+    names: The files, without the folder in which the archive has them.
+    folder: Where they go; no path in the archive has a say in that.
+
+  Raises:
+    Cifar10Error: The archive is damaged or lacks one of the files.
+  """
+  missing = set(names)
+  try:
+    with tarfile.open(archive, 'r:gz') as tar:
+      for member in tar:
+        place, name = os.path.split(member.name)
+        if (place == FOLDER_NAME and name in missing and member.isfile()
+            and member.size == RECORDS_PER_FILE * RECORD_BYTES):
+          with open(os.path.join(folder, name), 'wb') as file:
+            shutil.copyfileobj(tar.extractfile(member), file)
+          missing.remove(name)
+  except (tarfile.TarError, EOFError, zlib.error) as error:
+    raise Cifar10Error(f'{archive} is damaged ({error}): delete it and run '
+                       'this again') from None
+  if missing:
+    raise Cifar10Error(f'{archive} lacks a whole {FOLDER_NAME}/{min(missing)}: '
+                       'delete it and run this again')
+
+
+def define_data_dir() -> None:
+  """Defines --data_dir, which the two scripts share."""
+  flags.DEFINE_string(
+      'data_dir', '/tmp/cifar10_data',
+      f'Folder that holds {ARCHIVE_NAME} and {FOLDER_NAME}/.')
+
+
+def define_flags() -> None:
+  """Defines the flags of this script."""
+  define_data_dir()
+  flags.DEFINE_string(
+      'data_url', DATA_URL, 'Address of the archive: https, http or file.')
+  flags.DEFINE_bool(
+      'skip_checksums', False,
+      'Take files whose checksums differ from the published ones, from another '
+      '--data_url. Sizes and labels must be right all the same.')
+  flags.register_validator(
+      'data_url',
+      lambda url: url.startswith(('https://', 'http://', 'file://')),
+      'must begin with https://, http:// or file://')
+  flags.register_multi_flags_validator(
+      ['data_url', 'skip_checksums'],
+      lambda values: (not values['skip_checksums']
+                      or values['data_url'] != DATA_URL),
+      '--skip_checksums needs another --data_url')
+
+
+def main(argv: list[str]) -> None:
+  try:
+    if len(argv) > 1:
+      raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
+    download_and_extract(flags.FLAGS.data_dir, flags.FLAGS.data_url,
+                         flags.FLAGS.skip_checksums)
+  except (Cifar10Error, OSError) as error:
+    sys.exit(f'{os.path.basename(sys.argv[0])}: {error}')
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)
