@@ -1,0 +1,708 @@
+"""Tests of the input, the model, the loop and the command line."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+
+from absl import flags, logging
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing import event_accumulator
+import tensorflow as tf
+
+import cifar10_download_and_extract as cifar10
+import cifar10_main
+import resnet_model
+
+SCRIPT = os.path.abspath(cifar10_main.__file__)
+GOLDEN = os.path.join(os.path.dirname(__file__), 'golden', 'resnet8_b16')
+Cifar10Error = cifar10.Cifar10Error
+NUMBER = r'-?\d+(?:\.\d+)?(?:e[+-]?\d+)?'
+
+
+def runs_channels_first():
+  """Tells whether the device has NCHW convolutions, as not every CPU does."""
+  try:
+    cifar10_main.check_data_format('channels_first')
+  except Cifar10Error:
+    return False
+  return True
+
+
+DATA_FORMATS = ['channels_last']
+if runs_channels_first():
+  DATA_FORMATS.append('channels_first')
+
+
+def make_state(resnet_size=8, data_format=None):
+  return cifar10_main.TrainState(resnet_model.cifar10_resnet_v2_generator(
+      resnet_size, 10, data_format))
+
+
+def numbered_records(count):
+  """Makes records whose first red values are the record's number in digits."""
+  numbers = np.arange(count)
+  records = np.zeros([count, cifar10.RECORD_BYTES], np.uint8)
+  records[:, 0] = numbers % 10
+  records[:, 1] = numbers // 100
+  records[:, 2] = numbers % 100
+  return records
+
+
+def write_data(folder, train_records, test_records):
+  """Writes record files; the training files share the records out evenly."""
+  folder.mkdir(parents=True)
+  for name, part in zip(cifar10.TRAIN_FILES, np.split(train_records, 5)):
+    part.tofile(folder / name)
+  test_records.tofile(folder / cifar10.TEST_FILE)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+  """Small data files: 50 records to train, 23 to evaluate."""
+  rng = np.random.default_rng(0)
+  records = rng.integers(0, 256, [73, cifar10.RECORD_BYTES], np.uint8)
+  records[:, 0] %= 10
+  folder = tmp_path / 'data' / cifar10.FOLDER_NAME
+  write_data(folder, records[:50], records[50:])
+  return folder.parent
+
+
+@pytest.fixture
+def log():
+  """The messages logged during a test."""
+  messages = []
+
+  class Handler(logging.PythonHandler):
+
+    def emit(self, record):
+      messages.append(record.getMessage())
+
+  handler = Handler()
+  logger = logging.get_absl_logger()
+  logger.addHandler(handler)
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.INFO)
+  yield messages
+  logging.set_verbosity(verbosity)
+  logger.removeHandler(handler)
+
+
+def contents(folder):
+  """Returns all files below a folder, as a dict of bytes by path."""
+  return {path: path.read_bytes()
+          for path in folder.rglob('*') if path.is_file()}
+
+
+# ---------------------------------------------------------- golden values
+
+
+@pytest.fixture(scope='module')
+def golden():
+  with np.load(GOLDEN + '.npz') as values:
+    golden = dict(values)
+  generator = np.random.RandomState(1)
+  golden['images'] = generator.randint(
+      0, 256, (21, 16, 32, 32, 3)).astype(np.uint8)
+  golden['labels'] = generator.randint(0, 10, (21, 16)).astype(np.int32)
+  return golden
+
+
+def golden_dataset(golden, batches):
+  features = tf.image.per_image_standardization(
+      golden['images'][batches].astype(np.float32))
+  labels = tf.one_hot(golden['labels'][batches], 10)
+  return tf.data.Dataset.from_tensor_slices((features, labels))
+
+
+def difference(ours, theirs):
+  """Returns the relative difference in the L2 norm."""
+  return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize('data_format', DATA_FORMATS)
+def test_training_has_the_originals_numbers(golden, data_format):
+  state = make_state(data_format=data_format)
+  for variable in state.network.variables:
+    variable.assign(golden[f'init/{cifar10_main.variable_name(variable)}'])
+  state.global_step.assign(312490)
+  train_steps = cifar10_main.make_train_steps(state, batch_size=16)
+  iterator = iter(golden_dataset(golden, slice(20)))
+  steps = [train_steps(iterator, tf.constant(1)) for _ in range(20)]
+
+  for name in ('loss', 'cross_entropy'):
+    ours = np.array([values[name] for values in steps])
+    np.testing.assert_allclose(ours, golden[f'train/{name}'], rtol=2e-6)
+  np.testing.assert_array_equal(
+      np.array([values['learning_rate'] for values in steps]),
+      golden['train/learning_rate'])
+  assert state.global_step.numpy() == golden['final/global_step'] == 312510
+  for variable in state.network.variables:
+    name = cifar10_main.variable_name(variable)
+    assert difference(variable.numpy(), golden[f'final/{name}']) < 2e-3, name
+  for variable in state.momentum:
+    name = cifar10_main.variable_name(variable)
+    assert difference(variable.numpy(), golden[f'final/{name}']) < 2e-2, name
+
+
+@pytest.mark.parametrize('data_format', DATA_FORMATS)
+def test_evaluation_of_the_originals_checkpoint(golden, data_format):
+  state = make_state(data_format=data_format)
+  checkpoints = cifar10_main.Checkpoints('unused', state)
+  checkpoints.restore(GOLDEN + '.ckpt')
+  for variable in (*state.variables, *state.momentum):
+    name = cifar10_main.variable_name(variable)
+    np.testing.assert_array_equal(variable.numpy(), golden[f'final/{name}'])
+
+  features, labels = golden_dataset(golden, slice(20, 21)).get_single_element()
+  outputs = tf.function(cifar10_main.model_fn)(
+      features, labels, 'eval', state.network)
+  np.testing.assert_allclose(
+      outputs['probabilities'], golden['eval/probabilities'], rtol=0, atol=1e-6)
+  np.testing.assert_array_equal(outputs['classes'], golden['eval/classes'])
+  np.testing.assert_allclose(outputs['loss'], golden['eval/loss'], rtol=1e-6)
+  inferred = cifar10_main.model_fn(features, None, 'infer', state.network)
+  assert set(inferred) == {'classes', 'probabilities'}
+  np.testing.assert_array_equal(inferred['classes'], golden['eval/classes'])
+
+
+def place_originals_checkpoint(model_dir):
+  """Makes a folder as the 2017 script left it, moved here from elsewhere."""
+  model_dir.mkdir()
+  for ending in ('.index', '.data-00000-of-00001'):
+    with open(GOLDEN + '.ckpt' + ending, 'rb') as file:
+      (model_dir / f'model.ckpt-312510{ending}').write_bytes(file.read())
+  (model_dir / 'checkpoint').write_text(
+      'model_checkpoint_path: "/elsewhere/model.ckpt-312510"\n'
+      'all_model_checkpoint_paths: "/elsewhere/model.ckpt-312510"\n')
+
+
+def test_goes_on_from_a_model_folder_of_2017(data_dir, tmp_path, log, golden):
+  model_dir = tmp_path / 'model'
+  place_originals_checkpoint(model_dir)
+  before = contents(model_dir)
+  run(data_dir, model_dir, train_steps=312512, batch_size=16)
+  assert any('step = 312511' in line for line in log)
+  after = contents(model_dir)
+  assert before.items() - after.items() == {
+      (model_dir / 'checkpoint', before[model_dir / 'checkpoint'])}
+  assert model_dir / 'model.ckpt-312512.index' in after
+  reader = tf.train.load_checkpoint(str(model_dir))
+  kernel = reader.get_tensor(
+      'conv2d.Skernel.SMomentum/.ATTRIBUTES/VARIABLE_VALUE')
+  # Two more steps leave 0.81 of the momentum, and add two gradients.
+  assert np.isfinite(kernel).all()
+  assert not np.array_equal(kernel, golden['final/conv2d/kernel/Momentum'])
+
+
+# ------------------------------------------------------------------ input
+
+
+def standardize(image):
+  image = image.astype(np.float64)
+  return (image - image.mean()) / max(image.std(), 1 / np.sqrt(3072))
+
+
+def test_augmented_images_are_views_of_their_sources(data_dir):
+  records = np.concatenate([
+      cifar10.read_records(path)
+      for path in cifar10_main.filenames('train', str(data_dir))])
+  views = []
+  for record in records:
+    image = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
+    padded = np.pad(image, [(4, 4), (4, 4), (0, 0)])
+    crops = [padded[top:top + 32, left:left + 32]
+             for top in range(9) for left in range(9)]
+    views.append([standardize(view) for crop in crops
+                  for view in (crop, crop[:, ::-1])])
+  views = np.array(views, np.float32)  # [50, 162, 32, 32, 3]
+
+  seen = set()
+  dataset = cifar10_main.input_fn('train', str(data_dir), 16)
+  assert dataset.element_spec[0].shape == [16, 32, 32, 3]
+  for features, labels in dataset.take(5):
+    for feature, label in zip(features.numpy(), labels.numpy()):
+      errors = abs(views[:, :, ::8, ::8] - feature[::8, ::8]).max((2, 3, 4))
+      source, view = np.unravel_index(errors.argmin(), errors.shape)
+      np.testing.assert_allclose(feature, views[source, view], atol=1e-5)
+      np.testing.assert_array_equal(label, np.eye(10)[records[source, 0]])
+      seen.add((source, view))
+  assert len(seen) > 60  # of 80 images
+
+
+def test_standardization_of_a_uniform_image(tmp_path):
+  records = np.full([5, cifar10.RECORD_BYTES], 7, np.uint8)
+  records[:, 1] = 8  # one value in 3,072 differs: the deviation is 0.018
+  write_data(tmp_path / cifar10.FOLDER_NAME, records, records)
+  features, _ = next(iter(cifar10_main.input_fn('eval', str(tmp_path), 5)))
+  expected = standardize(records[0, 1:].reshape(3, 32, 32).transpose(1, 2, 0))
+  np.testing.assert_allclose(features[0], expected, atol=1e-4)
+  assert features.numpy().max() > 50
+
+
+def draw_views(num_images):
+  """Augments one image many times; returns the corners and flips drawn."""
+  numbers = np.arange(32 * 32, dtype=np.float32).reshape(1, 32, 32, 1)
+  image = np.repeat(numbers, 3, axis=3) + 1
+  images, _ = tf.function(cifar10_main.train_preprocess_fn)(
+      np.repeat(image, num_images, axis=0), np.zeros(num_images))
+  # Pixel [15, 15] is never of the border, and its right neighbour tells of the
+  # flip.
+  middle, right = images[:, 15, 15, 0].numpy() - 1, images[:, 15, 16, 0] - 1
+  flip = right.numpy() < middle
+  top = middle // 32 - 15 + 4
+  left = np.where(flip, middle % 32 - 16, middle % 32 - 15) + 4
+  return top.astype(int), left.astype(int), flip.astype(int)
+
+
+def test_augmentation_is_uniform_and_independent():
+  top, left, flip = draw_views(20000)
+  assert {*top} == {*left} == set(range(9))
+  counts = np.bincount((top * 9 + left) * 2 + flip, minlength=162)
+  expected = 20000 / 162
+  chi_square = ((counts - expected) ** 2 / expected).sum()
+  # 161 degrees of freedom: mean 161, deviation 18; beyond once in a million.
+  assert chi_square < 260
+  # Nor does a draw tell about the next image of the batch.
+  for draws in (top, left, flip):
+    correlation = np.corrcoef(draws[:-1], draws[1:])[0, 1]
+    assert abs(correlation) < 5 / np.sqrt(20000)
+
+
+def test_evaluation_sees_each_image_once_in_order(tmp_path):
+  records = numbered_records(10000)
+  write_data(tmp_path / cifar10.FOLDER_NAME, records[:5], records)
+  dataset = cifar10_main.input_fn('eval', str(tmp_path), 128)
+  sizes, labels = [], []
+  seen = []
+  for features, one_hot in dataset:
+    sizes.append(len(features))
+    labels.extend(np.argmax(one_hot, axis=1))
+    # All values but two are 0: the standardized ones undo by their ratio.
+    values = features.numpy()[:, 0, :, 0]
+    first, second, zero = values[:, 0], values[:, 1], values[:, 2]
+    seen.extend(zip(first - zero, second - zero))
+  assert sizes == [128] * 78 + [16]
+  assert labels == [number % 10 for number in range(10000)]
+  scale = [np.hypot(*pair) for pair in seen]
+  expected = [np.hypot(number // 100, number % 100) for number in range(10000)]
+  for number in range(1, 10000):
+    np.testing.assert_allclose(
+        np.array(seen[number]) / scale[number] * expected[number],
+        [number // 100, number % 100], atol=1e-2)
+
+
+def record_numbers(batch):
+  return batch[:, 1].numpy().astype(int) * 100 + batch[:, 2]
+
+
+def test_training_order():
+  records = tf.constant(numbered_records(200))
+  dataset = cifar10_main.record_dataset(records, 'train', 40)
+  first = [record_numbers(batch) for batch in dataset.take(10)]
+  second = [record_numbers(batch) for batch in dataset.take(10)]
+  assert not np.array_equal(first, second)  # each cycle draws its own
+  assert len({*np.ravel(first)}) > 150
+  assert not np.array_equal(np.ravel(first), np.arange(400) % 200)
+  # It goes on for ever, and into the shuffle buffer go whole rounds.
+  assert len(list(dataset.take(100))) == 100
+
+
+def test_shuffle_buffer_is_the_originals(monkeypatch):
+  monkeypatch.setattr(cifar10_main, 'SHUFFLE_RECORDS', 10)
+  records = tf.constant(numbered_records(1000))
+  dataset = cifar10_main.record_dataset(records, 'train', 5)
+  batches = [record_numbers(batch) for batch in dataset.take(100)]
+  # A buffer of 10 + 3 * 5: the n-th draw is one of the first n + 25 records.
+  ahead = np.ravel(batches) - np.arange(500)
+  assert ahead.max() == 24
+  assert int(50000 * 0.4) + 3 * 128 == 20384
+
+
+def test_data_dir_may_be_the_folder_itself(data_dir):
+  folder = data_dir / cifar10.FOLDER_NAME
+  for mode in ('train', 'eval', 'infer'):
+    expected = cifar10_main.filenames(mode, str(data_dir))
+    assert all(map(os.path.isfile, expected))
+    assert cifar10_main.filenames(mode, str(folder)) == expected
+    assert list(map(os.path.samefile, expected, cifar10_main.filenames(
+        mode, f'{folder}/'))) == [True] * len(expected)
+
+
+def test_synthetic_records_repeat_and_can_be_told_apart():
+  train = cifar10_main.synthetic_records('train')
+  test = cifar10_main.synthetic_records('eval')
+  np.testing.assert_array_equal(train, cifar10_main.synthetic_records('train'))
+  assert train.dtype == test.dtype == np.uint8
+  assert train.shape[1] == test.shape[1] == cifar10.RECORD_BYTES
+  assert set(train[:, 0]) == set(test[:, 0]) == set(range(10))
+  means = np.array([train[train[:, 0] == label, 1:].mean(0)
+                    for label in range(10)])
+  distances = ((test[:, None, 1:] - means) ** 2).mean(2)
+  assert (distances.argmin(1) == test[:, 0]).mean() > 0.99
+
+
+# ---------------------------------------------------------- learning rate
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'boundaries'),
+    [(128, (39062, 58593, 78125)), (16, (312500, 468750, 625000)),
+     (1000, (5000, 7500, 10000))])
+def test_learning_rate_drops_after_the_boundaries(batch_size, boundaries):
+  schedule = cifar10_main.learning_rate_schedule(batch_size)
+  initial = 0.1 * batch_size / 128
+  rates = [initial, initial * 0.1, initial * 0.01, initial * 0.001]
+  for i, boundary in enumerate(boundaries):
+    for step, rate in ((boundary, rates[i]), (boundary + 1, rates[i + 1])):
+      actual = schedule(tf.constant(step, tf.int64)).numpy()
+      np.testing.assert_allclose(actual, rate, rtol=1e-7)
+  assert schedule(tf.constant(0, tf.int64)).numpy() == np.float32(initial)
+
+
+# --------------------------------------------------------------- the loop
+
+
+def run(data_dir, model_dir, **kwargs):
+  """Runs on small data with small batches and the smallest network."""
+  arguments = {'resnet_size': 8, 'train_steps': 4, 'steps_per_eval': 4,
+               'batch_size': 10, **kwargs}
+  cifar10_main.train_and_evaluate(str(data_dir), str(model_dir), **arguments)
+
+
+def matches(pattern, lines):
+  found = [re.fullmatch(pattern, line) for line in lines]
+  return [match.groups() for match in found if match]
+
+
+def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys):
+  model_dir = tmp_path / 'model'
+  run(data_dir, model_dir, train_steps=209, steps_per_eval=205)
+
+  lines = matches(rf'loss = ({NUMBER}), step = (\d+)( \(\d+\.\d{{3}} sec\))?',
+                  log)
+  assert [int(step) for _, step, _ in lines] == [1, 101, 201, 206]
+  assert [bool(seconds) for *_, seconds in lines] == [False, True, True, False]
+  accuracy = matches(
+      rf'cross_entropy = ({NUMBER}), learning_rate = ({NUMBER}), '
+      rf'train_accuracy = ({NUMBER})( \(\d+\.\d{{3}} sec\))?', log)
+  assert len(accuracy) == 4
+  assert {rate for _, rate, *_ in accuracy} == {'0.0078125'}
+  assert len(matches(rf'global_step/sec: ({NUMBER})', log)) == 2
+  assert matches(r'Saving checkpoints for (\d+) into (.*)\.', log) == [
+      (str(step), f'{model_dir}/model.ckpt') for step in (0, 205, 209)]
+  assert len(matches(rf'Loss for final step: {NUMBER}\.', log)) == 2
+  assert len(matches(
+      r'Starting evaluation at \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d', log)) == 2
+  assert len(matches(
+      r'Finished evaluation at \d{4}-\d\d-\d\d-\d\d:\d\d:\d\d', log)) == 2
+  assert matches(r'Restoring parameters from (.*)', log) == [
+      (f'{model_dir}/model.ckpt-{step}',) for step in (205, 209)]
+  results = matches(
+      rf'Saving dict for global step (\d+): accuracy = ({NUMBER}), '
+      rf'global_step = (\d+), loss = ({NUMBER})', log)
+  printed = matches(
+      rf"{{'accuracy': ({NUMBER}), 'loss': ({NUMBER}), 'global_step': (\d+)}}",
+      capsys.readouterr().out.splitlines())
+  assert [result[0] for result in results] == ['205', '209']
+  assert [(accuracy, loss, step) for step, accuracy, _, loss in results
+          ] == printed
+
+  train = event_accumulator.EventAccumulator(str(model_dir)).Reload()
+  tags = train.Tags()['tensors']
+  assert set(tags) == {'cross_entropy', 'learning_rate', 'train_accuracy',
+                       'loss', 'global_step/sec', 'images'}
+  for tag in tags:
+    steps = [event.step for event in train.Tensors(tag)]
+    assert steps == ([101, 201] if tag == 'global_step/sec'
+                     else [1, 101, 201, 206])
+  for event, (loss, *_) in zip(train.Tensors('loss'), lines):
+    assert tf.make_ndarray(event.tensor_proto) == np.float32(loss)
+  # Width, height and then the pictures themselves.
+  width, height, *pictures = tf.make_ndarray(
+      train.Tensors('images')[0].tensor_proto)
+  assert (width, height, len(pictures)) == (b'32', b'32', 6)
+  picture = tf.io.decode_png(pictures[0])
+  assert picture.shape == [32, 32, 3]
+  assert picture.numpy().min() == 0 or picture.numpy().max() == 255
+
+  test = event_accumulator.EventAccumulator(str(model_dir / 'eval')).Reload()
+  assert set(test.Tags()['tensors']) == {'accuracy', 'loss'}
+  assert [event.step for event in test.Tensors('loss')] == [205, 209]
+
+
+class FakeCheckpoints:
+
+  def save_if_due(self):
+    pass
+
+
+def test_train_accuracy_is_the_mean_over_logged_batches(log):
+  state = make_state()
+  # Of steps 1 and 101, 20 and 33 right of 128; the others do not count.
+  correct = {1: 20, 101: 33}
+
+  def train_steps(iterator, num_steps):
+    step = state.global_step.assign_add(tf.cast(num_steps, tf.int64)).numpy()
+    values = {'correct': correct.get(step, 128), 'finite_steps': num_steps,
+              'loss': 2.0, 'cross_entropy': 1.0, 'learning_rate': 0.1}
+    return {name: tf.constant(value) for name, value in values.items()}
+
+  cifar10_main.train(state, train_steps, None, 200, [cifar10_main.log_values],
+                     FakeCheckpoints(), 128)
+  accuracy = matches(r'.*train_accuracy = ([\d.]+).*', log)
+  assert accuracy == [('0.15625',), ('0.20703125',)]
+
+
+def test_inner_loop_is_traced_once(data_dir):
+  state = make_state()
+  train_steps = cifar10_main.make_train_steps(state, 10)
+  dataset = cifar10_main.input_fn('train', str(data_dir), 10)
+  for num_steps in (1, 2, 3):
+    train_steps(iter(dataset), tf.constant(num_steps))
+  assert state.global_step.numpy() == 6
+  assert train_steps.experimental_get_tracing_count() == 1
+
+
+def test_evaluation_averages(data_dir, capsys):
+  """Accuracy is over images, loss over batches, the short one included."""
+  state = make_state()
+  dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
+  eval_step = cifar10_main.make_eval_step(state.network, dataset)
+  results = cifar10_main.evaluate(eval_step, dataset, 'path', 7)
+  losses, correct = [], 0
+  for features, labels in dataset:
+    outputs = cifar10_main.model_fn(features, labels, 'eval', state.network)
+    losses.append(outputs['loss'])
+    correct += int(outputs['correct'])
+  assert len(losses) == 3
+  np.testing.assert_allclose(results['loss'], np.mean(losses), rtol=1e-6)
+  assert results['accuracy'] == float(str(np.float32(correct / 23)))
+  assert results['global_step'] == 7
+  assert capsys.readouterr().out == f'{results}\n'
+  assert eval_step.experimental_get_tracing_count() == 1
+
+
+def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
+  run(data_dir, tmp_path / 'model', train_steps=3, steps_per_eval=3)
+  del log[:]
+  run(data_dir, tmp_path / 'model', train_steps=8, steps_per_eval=4)
+  # An interrupted cycle is finished first, the last one may be shorter.
+  assert [step for step, in matches(r'loss = .*, step = (\d+)', log)] == [
+      '4', '5']
+  assert [step for step, in matches(r'Saving checkpoints for (\d+) .*', log)
+          ] == ['4', '8']
+  assert any('Training steps 4 to 8' in line for line in log)
+  evaluated = capsys.readouterr().out.splitlines()
+  assert len(evaluated) == 3
+
+  before = contents(tmp_path / 'model')
+  run(data_dir, tmp_path / 'model', train_steps=8, steps_per_eval=4)
+  assert any('All 8 steps are trained already' in line for line in log)
+  assert capsys.readouterr().out.splitlines() == evaluated[-1:]
+  checkpoints = {path: data for path, data in before.items()
+                 if 'ckpt' in path.name}
+  assert checkpoints.items() <= contents(tmp_path / 'model').items()
+
+
+def test_keeps_five_checkpoints(data_dir, tmp_path):
+  run(data_dir, tmp_path / 'model', train_steps=6, steps_per_eval=1)
+  steps = sorted(int(path.stem.split('-')[1])
+                 for path in (tmp_path / 'model').glob('model.ckpt-*.index'))
+  assert steps == [2, 3, 4, 5, 6]
+  assert tf.train.latest_checkpoint(str(tmp_path / 'model')).endswith('-6')
+
+
+def test_saves_by_the_clock(tmp_path, monkeypatch, log):
+  checkpoints = cifar10_main.Checkpoints(str(tmp_path), make_state())
+  checkpoints.save_if_due()
+  assert not contents(tmp_path)
+  monkeypatch.setattr(cifar10_main, 'SAVE_SECONDS', 0)
+  checkpoints.save_if_due()
+  assert checkpoints.newest() == str(tmp_path / 'model.ckpt-0')
+
+
+def test_eval_only_writes_nothing(data_dir, tmp_path, capsys):
+  run(data_dir, tmp_path / 'model')
+  trained = capsys.readouterr().out
+  before = contents(tmp_path / 'model')
+  for path in (data_dir / cifar10.FOLDER_NAME).glob('data_batch*'):
+    path.unlink()  # not needed
+  run(data_dir, tmp_path / 'model', eval_only=True)
+  assert capsys.readouterr().out == trained
+  assert contents(tmp_path / 'model') == before
+
+
+# -------------------------------------------------------------- bad input
+
+
+def test_no_checkpoint_to_evaluate(data_dir, tmp_path):
+  with pytest.raises(Cifar10Error, match='holds no checkpoint to evaluate'):
+    run(data_dir, tmp_path / 'model', eval_only=True)
+  assert not (tmp_path / 'model').exists()
+
+
+def test_checkpoint_of_another_size(data_dir, tmp_path):
+  model_dir = tmp_path / 'model'
+  place_originals_checkpoint(model_dir)
+  before = contents(model_dir)
+  for resnet_size in (14, 32):
+    with pytest.raises(Cifar10Error,
+                       match=r'another network .*: use --resnet_size=8 or'):
+      run(data_dir, model_dir, resnet_size=resnet_size)
+  assert contents(model_dir) == before
+
+
+def test_checkpoint_of_something_else(data_dir, tmp_path):
+  model_dir = tmp_path / 'model'
+  model_dir.mkdir()
+  tf.train.Checkpoint(weights=tf.Variable([1.0])).write(
+      str(model_dir / 'model.ckpt-5'))
+  before = contents(model_dir)
+  with pytest.raises(Cifar10Error,
+                     match=r'missing there .*: use another --model_dir'):
+    run(data_dir, model_dir)
+  assert contents(model_dir) == before
+
+
+@pytest.mark.parametrize('ending', ['.index', '.data-00000-of-00001'])
+def test_damaged_checkpoint(data_dir, tmp_path, ending):
+  model_dir = tmp_path / 'model'
+  run(data_dir, model_dir)
+  path = model_dir / f'model.ckpt-4{ending}'
+  path.write_bytes(path.read_bytes()[:100])
+  before = contents(model_dir)
+  with pytest.raises(Cifar10Error, match=r'model\.ckpt-4 is damaged'):
+    run(data_dir, model_dir)
+  assert contents(model_dir) == before
+
+
+def test_loss_that_is_not_finite(data_dir, tmp_path, monkeypatch):
+  monkeypatch.setattr(cifar10_main, 'INITIAL_LEARNING_RATE', 1e30)
+  with pytest.raises(Cifar10Error, match='The loss is not finite at step 2,'):
+    run(data_dir, tmp_path / 'model')
+  indices = (tmp_path / 'model').glob('*.index')
+  assert [path.name for path in indices] == ['model.ckpt-0.index']
+
+
+def test_does_not_save_what_is_not_finite(tmp_path):
+  state = make_state()
+  state.momentum[3].assign(state.momentum[3] + np.nan)
+  with pytest.raises(Cifar10Error, match='Momentum is not finite'):
+    cifar10_main.Checkpoints(str(tmp_path), state).save()
+  assert not contents(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def script_flags():
+  cifar10_main.define_flags()
+  yield
+  for name in flags.FLAGS.flags_by_module_dict()[cifar10_main.__name__]:
+    delattr(flags.FLAGS, name.name)
+
+
+def run_main(*arguments):
+  """Parses flags and runs main; returns what it exits with."""
+  flags.FLAGS.unparse_flags()
+  try:
+    flags.FLAGS([SCRIPT, *arguments])
+  except flags.Error as error:
+    return str(error)
+  with pytest.raises(SystemExit) as exit_info:
+    cifar10_main.main([SCRIPT])
+  return exit_info.value.code
+
+
+@pytest.mark.parametrize('flag', [
+    '--resnet_size=0', '--resnet_size=33', '--resnet_size=2',
+    '--resnet_size=-4', '--resnet_size=x', '--train_steps=0',
+    '--train_steps=-1', '--train_steps=1.5', '--steps_per_eval=0',
+    '--steps_per_eval=x', '--batch_size=0', '--batch_size=-128',
+    '--batch_size=50001', '--data_format=NCHW', '--eval_only=maybe'])
+def test_flags_out_of_range(script_flags, flag):
+  name = flag.partition('=')[0]
+  message = run_main(flag)
+  assert name in message
+  assert len(message.splitlines()) == 1
+
+
+def test_unknown_flag(script_flags):
+  assert 'bach_size' in run_main('--bach_size=3')
+
+
+@pytest.mark.parametrize('damage', ['folder', 'file', 'cut', 'label', 'empty'])
+def test_damaged_data(script_flags, data_dir, tmp_path, damage):
+  path = data_dir / cifar10.FOLDER_NAME / 'data_batch_3.bin'
+  data = path.read_bytes()
+  expected = str(path)
+  if damage == 'folder':
+    data_dir = tmp_path / 'nothing'
+    expected = f'{data_dir}.*run cifar10_download_and_extract.py first'
+  elif damage == 'file':
+    path.unlink()
+    expected += '.*run cifar10_download_and_extract.py first'
+  elif damage == 'cut':
+    path.write_bytes(data[:-1])
+    expected += '.*not a whole number of 3,073-byte records'
+  elif damage == 'label':
+    path.write_bytes(data[:3073] + b'\x0a' + data[3074:])
+    expected += '.*record 1 has label 10, not 0-9'
+  else:
+    path.write_bytes(b'')
+    expected += '.*0 bytes'
+  message = run_main(f'--data_dir={data_dir}', f'--model_dir={tmp_path}/model')
+  assert re.search(expected, message)
+  assert len(message.splitlines()) == 1
+  assert not (tmp_path / 'model').exists()
+
+
+def test_model_dir_that_cannot_be_written(script_flags, data_dir):
+  message = run_main(f'--data_dir={data_dir}', '--model_dir=/dev/null/model',
+                     '--resnet_size=8')
+  assert message == (f'{os.path.basename(sys.argv[0])}: Cannot write to '
+                     '/dev/null/model (Not a directory): name another '
+                     '--model_dir')
+
+
+def run_script(*arguments, **kwargs):
+  return subprocess.run(
+      [sys.executable, SCRIPT, '--use_synthetic_data', '--resnet_size=8',
+       '--batch_size=8', *arguments],
+      text=True, capture_output=True, check=False, **kwargs)
+
+
+def test_model_dir_without_room(tmp_path):
+  """A limit on the size of files stands in for a disk that is full."""
+  model_dir = tmp_path / 'model'
+  result = run_script(f'--model_dir={model_dir}', '--train_steps=2')
+  assert result.returncode == 0
+  before = contents(model_dir)
+  result = run_script(
+      f'--model_dir={model_dir}', '--train_steps=4',
+      preexec_fn=lambda: resource.setrlimit(
+          resource.RLIMIT_FSIZE, (100_000, 100_000)))
+  assert result.returncode == 1
+  assert 'Traceback' not in result.stderr
+  *_, last = result.stderr.splitlines()
+  assert f'Cannot save a checkpoint in {model_dir}' in last
+  assert {path: data for path, data in before.items()
+          if 'ckpt' in path.name}.items() <= contents(model_dir).items()
+  # With room again, the run goes on.
+  result = run_script(f'--model_dir={model_dir}', '--train_steps=3')
+  assert result.returncode == 0
+  assert "'global_step': 3}" in result.stdout
+
+
+@pytest.mark.parametrize(('argument', 'message'), [
+    ('--batch_size=0', 'flag --batch_size=0'),
+    ('--no_such_flag', "Unknown command line flag 'no_such_flag'"),
+    ('stray', "unknown argument 'stray'"),
+])
+def test_bad_command_line_exits_with_one_line(argument, message):
+  result = run_script(argument, '--eval_only')
+  assert result.returncode == 1
+  assert not result.stdout
+  assert 'Traceback' not in result.stderr
+  assert message in result.stderr
