@@ -2,11 +2,10 @@
 
     python cifar10_download_and_extract.py --data_dir=/tmp/cifar10_data
 
-The folder then holds `cifar-10-binary.tar.gz` and `cifar-10-batches-bin/`, with
-five files of training records and one of evaluation records. A record is 3,073
-bytes: a label 0-9, then 1,024 red, 1,024 green and 1,024 blue values, row by
-row [1]. Only verified files get these names; running again fetches only what
-is missing or damaged.
+The folder then holds `cifar-10-binary.tar.gz` and `cifar-10-batches-bin/`: five
+files of training records and one of evaluation records, 3,073 bytes each: a
+label 0-9, then 1,024 red, 1,024 green and 1,024 blue values, row by row [1].
+Only verified files get these names. What is there already is left alone.
 
 References:
   [1] Alex Krizhevsky: Learning Multiple Layers of Features from Tiny Images.
@@ -62,13 +61,7 @@ class Cifar10Error(Exception):
 
 
 def read_records(filename: str) -> np.ndarray:
-  """Reads and checks one binary file of CIFAR-10.
-
-  Args:
-    filename: Path of the file.
-
-  Returns:
-    Its records, uint8 [N, 3073], N > 0: label, then red, green and blue plane.
+  """Reads the records of a file, uint8 [N, 3073] with N > 0.
 
   Raises:
     Cifar10Error: The file is missing, cut off or holds a label above 9.
@@ -78,6 +71,8 @@ def read_records(filename: str) -> np.ndarray:
     data = np.fromfile(filename, np.uint8)
   except FileNotFoundError:
     raise Cifar10Error(f'{filename} is missing: run {again} first') from None
+  except OSError as error:
+    raise Cifar10Error(f'Cannot read {filename}: {error.strerror}') from None
   if not data.size or data.size % RECORD_BYTES:
     raise Cifar10Error(
         f'{filename} is damaged: {data.size:,} bytes are not a whole number of '
@@ -93,13 +88,13 @@ def read_records(filename: str) -> np.ndarray:
 
 def download_and_extract(data_dir: str, data_url: str = DATA_URL,
                          skip_checksums: bool = False) -> None:
-  """Brings a folder to the state that this module's docstring describes.
+  """Fills `data_dir` as the docstring of this module says.
 
   Args:
     data_dir: The folder; made if it is not there.
     data_url: Address of the archive: https, http or file.
-    skip_checksums: Whether to take other files than the published ones, as long
-      as their sizes and labels are right.
+    skip_checksums: Whether files of the right sizes and labels will do, even
+      if they are not the published ones.
 
   Raises:
     Cifar10Error: The archive cannot be had, or it or an existing file is wrong.
@@ -136,15 +131,11 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
 
 
 def is_sound(filename: str, skip_checksums: bool) -> bool:
-  """Tells whether a file is there and whole.
-
-  Args:
-    filename: Path of one of the six files.
-    skip_checksums: Whether right size and labels are enough.
+  """Tells whether one of the six files is there and whole.
 
   Raises:
-    Cifar10Error: The file is whole but not the published one: somebody's own
-      data, which must neither be used unasked nor be overwritten.
+    Cifar10Error: It is whole but not the published one: somebody's own data,
+      which must neither be used unasked nor be overwritten.
   """
   try:
     num_records = len(read_records(filename))
@@ -176,15 +167,11 @@ def sha256(filename: str) -> str:
 
 
 def download(data_url: str, filename: str, archive: str) -> None:
-  """Fetches an address into a file and shows progress on a terminal.
-
-  Args:
-    data_url: What to fetch.
-    filename: Where to write it.
-    archive: Where the user can place the archive by hand, for the error.
+  """Fetches `data_url` into a file.
 
   Raises:
-    Cifar10Error: The address cannot be fetched, or not to its end.
+    Cifar10Error: That failed. The message says that the user can place the file
+      as `archive` instead.
   """
   try:
     with urllib.request.urlopen(data_url, timeout=TIMEOUT_SECONDS) as response:
@@ -216,10 +203,7 @@ def show_progress(size: int, total: int) -> None:
 def extract(archive: str, names: list[str], folder: str) -> None:
   """Extracts the named files, and nothing else, into a folder.
 
-  Args:
-    archive: Path of the tar.gz archive.
-    names: The files, without the folder in which the archive has them.
-    folder: Where they go; no path in the archive has a say in that.
+  The paths in the archive have no say in where they go.
 
   Raises:
     Cifar10Error: The archive is damaged or lacks one of the files.
@@ -270,13 +254,18 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
+  values = flags.FLAGS
   try:
     if len(argv) > 1:
       raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
-    download_and_extract(flags.FLAGS.data_dir, flags.FLAGS.data_url,
-                         flags.FLAGS.skip_checksums)
-  except (Cifar10Error, OSError) as error:
+    download_and_extract(
+        values.data_dir, values.data_url, values.skip_checksums)
+  except Cifar10Error as error:
     sys.exit(f'{os.path.basename(sys.argv[0])}: {error}')
+  except OSError as error:
+    sys.exit(f'{os.path.basename(sys.argv[0])}: Cannot write to '
+             f'{values.data_dir} ({error.strerror}): make room there, or name '
+             'another --data_dir')
 
 
 if __name__ == '__main__':

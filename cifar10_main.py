@@ -3,11 +3,9 @@
     python cifar10_download_and_extract.py
     python cifar10_main.py --resnet_size=32 --train_steps=100000
 
-This is the CIFAR-10 script of TensorFlow's models repository of 2017, without
-the `tf.estimator` that it stood on: the same recipe, flags, log lines and
-checkpoints, in eager TensorFlow 2. In reading order: constants, input_fn,
-model_fn, checkpoints, the training step and its loop, evaluation, hooks, the
-run, flags.
+The CIFAR-10 script of TensorFlow's models repository of 2017, without the
+`tf.estimator` under it: recipe, flags, log lines and checkpoints are the same.
+In this order: input, model, checkpoints, training, evaluation, the run, flags.
 
 References:
   [1] Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: Deep Residual Learning
@@ -30,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
+from cifar10_download_and_extract import Cifar10Error
 import resnet_model
 
 HEIGHT = 32
@@ -37,78 +36,55 @@ WIDTH = 32
 DEPTH = 3
 NUM_CLASSES = len(cifar10.CLASSES)
 NUM_TRAIN_IMAGES = 50000
+FILES = {'train': cifar10.TRAIN_FILES,
+         'eval': [cifar10.TEST_FILE], 'infer': [cifar10.TEST_FILE]}
+NUM_SYNTHETIC_RECORDS = {'train': 5000, 'eval': 1000, 'infer': 1000}
 
-PAD = 4  # black pixels on each side, before a random crop back to size [1]
+PADDING = 4  # black pixels on each side, before a random crop to 32x32 [1]
 SHUFFLE_RECORDS = int(NUM_TRAIN_IMAGES * 0.4)  # and three batches
 
 WEIGHT_DECAY = 2e-4
 MOMENTUM = 0.9
 INITIAL_LEARNING_RATE = 0.1  # for a batch of 128, in proportion for others
-LEARNING_RATE_DECAYS = {100: 0.1, 150: 0.01, 200: 0.001}  # from epoch: factor
+LEARNING_RATE_DECAYS = {100: 0.1, 150: 0.01, 200: 0.001}  # by epoch
 
 LOG_STEPS = 100  # steps between two log lines
-SAVE_SECONDS = 600  # between two checkpoints, beside the one of each cycle
+SAVE_SECONDS = 600  # between checkpoints, beside those at the ends of cycles
 KEEP_CHECKPOINTS = 5
 NUM_SUMMARY_IMAGES = 6
-NUM_SYNTHETIC_RECORDS = {'train': 5000, 'eval': 1000}
-
-Cifar10Error = cifar10.Cifar10Error
-Values = dict[str, tf.Tensor]
-
-
-# ---------------------------------------------------------------------- input
 
 
 def filenames(mode: str, data_dir: str) -> list[str]:
-  """Returns the paths of the record files of a mode.
-
-  Args:
-    mode: 'train', 'eval' or 'infer'.
-    data_dir: The folder that holds cifar-10-batches-bin/, or that one itself.
-  """
+  """Returns the paths of the record files for 'train', 'eval' or 'infer'."""
   folder = data_dir
   if os.path.basename(os.path.abspath(folder)) != cifar10.FOLDER_NAME:
     folder = os.path.join(folder, cifar10.FOLDER_NAME)
-  names = cifar10.TRAIN_FILES if mode == 'train' else [cifar10.TEST_FILE]
-  return [os.path.join(folder, name) for name in names]
+  return [os.path.join(folder, name) for name in FILES[mode]]
 
 
 def synthetic_records(mode: str) -> np.ndarray:
-  """Makes records like those of a file, the same ones at each call.
+  """Makes the same uint8 [N, 3073] at each call, of classes easy to learn.
 
-  A class is a pattern of 8x8 coloured squares, an image its class under noise.
-
-  Args:
-    mode: 'train', 'eval' or 'infer'.
-
-  Returns:
-    uint8 [N, 3073].
+  A class is a pattern of coloured 8x8 squares, an image that and noise.
   """
   patterns = np.random.default_rng(0).integers(
-      64, 192, [NUM_CLASSES, DEPTH, HEIGHT // 8, WIDTH // 8], np.int16)
+      64, 192, [NUM_CLASSES, DEPTH, HEIGHT // 8, WIDTH // 8])
   patterns = patterns.repeat(8, axis=2).repeat(8, axis=3)
-  train = mode == 'train'
-  rng = np.random.default_rng(1 if train else 2)
-  count = NUM_SYNTHETIC_RECORDS['train' if train else 'eval']
-  labels = rng.integers(0, NUM_CLASSES, [count, 1])
-  noise = rng.integers(-64, 64, [count, DEPTH * HEIGHT * WIDTH], np.int16)
-  images = patterns.reshape(NUM_CLASSES, -1)[labels[:, 0]] + noise
-  return np.concatenate([labels, images], axis=1).astype(np.uint8)
+  generator = np.random.default_rng(1 if mode == 'train' else 2)
+  num_records = NUM_SYNTHETIC_RECORDS[mode]
+  labels = generator.integers(0, NUM_CLASSES, num_records)
+  images = patterns[labels].reshape(num_records, -1)
+  images += generator.integers(-64, 64, images.shape)
+  return np.column_stack([labels, images]).astype(np.uint8)
 
 
 def record_dataset(records: tf.Tensor, mode: str,
                    batch_size: int) -> tf.data.Dataset:
-  """Batches records: in order for evaluation, shuffled without end to train.
+  """Batches records, uint8 [N, 3073]: shuffled without end for 'train'.
 
-  Args:
-    records: uint8 [number of records, 3073].
-    mode: 'train', 'eval' or 'infer'.
-    batch_size: Records per batch. The last one of an evaluation has the rest.
-
-  Returns:
-    Dataset of uint8 [N, 3073].
+  For other modes once and in order; the last batch holds the rest.
   """
-  # Numbers are shuffled instead of records, which then move once, as a batch.
+  # Shuffles numbers instead of records, which then move once, as a batch.
   dataset = tf.data.Dataset.range(len(records))
   if mode == 'train':
     dataset = dataset.repeat().shuffle(SHUFFLE_RECORDS + 3 * batch_size)
@@ -129,20 +105,15 @@ def dataset_parser(records: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 def train_preprocess_fn(images: tf.Tensor,
                         labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-  """Pads each image with black, crops it at random and flips half of them [1].
+  """Pads each image, [N, 32, 32, 3], crops it at random, flips half of them.
 
-  Args:
-    images: [N, 32, 32, 3] of any dtype, not standardized yet, so that zero is
-      black, as it was in the original, and not the mean grey.
-    labels: Passed through.
-
-  Returns:
-    The augmented images and the labels, shapes and dtypes as they came.
+  Comes before standardization, so that the padding is black, not mean grey.
   """
   num_images = tf.shape(images)[0]
-  images = tf.pad(images, [[0, 0], [PAD, PAD], [PAD, PAD], [0, 0]])
+  images = tf.pad(
+      images, [[0, 0], [PADDING, PADDING], [PADDING, PADDING], [0, 0]])
   top, left = tf.unstack(
-      tf.random.uniform([2, num_images, 1], 0, 2 * PAD + 1, tf.int32))
+      tf.random.uniform([2, num_images, 1], 0, 2 * PADDING + 1, tf.int32))
   flip = tf.random.uniform([num_images, 1], 0, 2, tf.int32) == 1
   rows = top + tf.range(HEIGHT)  # [N, 32]
   columns = left + tf.where(
@@ -153,15 +124,14 @@ def train_preprocess_fn(images: tf.Tensor,
 
 def input_fn(mode: str, data_dir: str | None, batch_size: int,
              use_synthetic_data: bool = False) -> tf.data.Dataset:
-  """Reads all records of a mode, checks them, and returns them as batches.
-
-  Each iteration over a training dataset starts anew, and has no end.
+  """Reads and checks all records of a mode, and returns them as batches.
 
   Args:
-    mode: 'train', 'eval' or 'infer'.
-    data_dir: The folder that holds cifar-10-batches-bin/, or that one itself.
+    mode: 'train': augmented images, shuffled anew for each iteration, without
+      end; 'eval' or 'infer': the test images, in order.
+    data_dir: Folder that holds cifar-10-batches-bin/, or that one itself.
     batch_size: Images per batch.
-    use_synthetic_data: Whether to make up the records instead.
+    use_synthetic_data: Whether to make the records up instead.
 
   Returns:
     Dataset of standardized images, float32 [N, 32, 32, 3], and one-hot labels,
@@ -183,7 +153,7 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     images, labels = dataset_parser(records)
     if mode == 'train':
       images, labels = train_preprocess_fn(images, labels)
-    # Standardization would map uint8 to 0..1, and its lower bound of the
+    # As uint8, images would be scaled to 0..1 first. The lower bound of their
     # standard deviation, 1 / sqrt(3072), is meant for 0..255.
     images = tf.image.per_image_standardization(tf.cast(images, tf.float32))
     return images, labels
@@ -195,11 +165,8 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
   return dataset.prefetch(tf.data.AUTOTUNE)
 
 
-# ---------------------------------------------------------------------- model
-
-
 def model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
-             network: resnet_model.Cifar10ResnetV2) -> Values:
+             network: resnet_model.Cifar10ResnetV2) -> dict[str, tf.Tensor]:
   """Computes the predictions and, unless to infer, the loss of a batch.
 
   Args:
@@ -237,52 +204,46 @@ def learning_rate_schedule(
   return tf.keras.optimizers.schedules.PiecewiseConstantDecay(
       [int(NUM_TRAIN_IMAGES / batch_size * epoch)
        for epoch in LEARNING_RATE_DECAYS],
-      [initial * factor for factor in (1, *LEARNING_RATE_DECAYS.values())])
+      [initial * decay for decay in (1, *LEARNING_RATE_DECAYS.values())])
 
 
 class TrainState(tf.Module):
-  """All variables of a run: those of the network, momentum and global_step."""
+  """The network, its momentum and global_step: all that a checkpoint holds."""
 
   def __init__(self, network: resnet_model.Cifar10ResnetV2):
     super().__init__()
     self.network = network
     self.momentum = [
-        tf.Variable(
-            tf.zeros_like(v), False, name=f'{variable_name(v)}/Momentum')
+        tf.Variable(tf.zeros_like(v), False, name=f'{tf1_name(v)}/Momentum')
         for v in network.trainable_variables]
-    self.global_step = tf.Variable(
-        0, False, dtype=tf.int64, name='global_step')
+    self.global_step = tf.Variable(0, False, name='global_step', dtype=tf.int64)
 
 
-def variable_name(variable: tf.Variable) -> str:
-  """Returns the name as TensorFlow 1 checkpoints have it."""
+def tf1_name(variable: tf.Variable) -> str:
+  """Returns the name that the variable has in a TensorFlow 1 checkpoint."""
   return variable.name.removesuffix(':0')
-
-
-# ---------------------------------------------------------------- checkpoints
 
 
 class Checkpoints:
   """The checkpoints of a model folder, model.ckpt-STEP.
 
-  All variables stand side by side in a checkpoint, each under its name in the
-  original. The original's own checkpoints hold the same names, so that one way
-  of reading serves both.
+  They hold the variables side by side, each under its name in the original. So
+  do the original's own: one way of reading serves both.
   """
 
   def __init__(self, model_dir: str, state: TrainState):
     self._model_dir = model_dir
     self._prefix = os.path.join(model_dir, 'model.ckpt')
-    self._variables = {variable_name(v): v for v in (
+    self._variables = {tf1_name(v): v for v in (
         *state.network.variables, *state.momentum, state.global_step)}
     self._manager = None  # made at the first save: reading changes no folder
     self._saved_at = time.monotonic()
 
   def newest(self) -> str | None:
-    """Returns the path, without ending, of the newest one, None if none is.
+    """Returns the path of the newest one, without ending, None if none is.
 
-    The names of the files decide. The file `checkpoint` beside them may still
-    name the folder from which they were moved or copied.
+    The files decide. The list in `checkpoint` beside them may still name the
+    folder from which they were moved or copied.
     """
     if not os.path.isdir(self._model_dir):
       return None
@@ -291,14 +252,8 @@ class Checkpoints:
     return f'{self._prefix}-{max(map(int, steps))}' if steps else None
 
   def restore(self, path: str) -> None:
-    """Restores all variables.
-
-    Args:
-      path: A checkpoint without ending, this script's or the original's.
-
-    Raises:
-      Cifar10Error: The checkpoint is damaged or of another network.
-    """
+    """Restores all variables, or raises Cifar10Error and changes none."""
+    logging.info('Restoring parameters from %s', path)
     try:
       reader = tf.train.load_checkpoint(path)
       # TensorFlow 2 adds an ending to the names and writes .S for a slash.
@@ -308,14 +263,14 @@ class Checkpoints:
                 for name in self._variables if name in keys}
     except (tf.errors.OpError, RuntimeError, LookupError, ValueError) as error:
       raise Cifar10Error(
-          f'{path} is damaged ({first_line(error)}): move it away to go on '
+          f'{path} is damaged ({reason(error)}): move it away to go on '
           'from the one before, or name another --model_dir') from None
     for name, variable in self._variables.items():
       if name not in values or values[name].shape != variable.shape:
         there = list(values[name].shape) if name in values else 'missing'
         # A convolution for each layer but the last, and three projections.
-        size = sum(bool(re.fullmatch(r'conv2d(_\d+)?/kernel', key))
-                   for key in keys) - 2
+        kernels = re.findall(r'^conv2d(?:_\d+)?/kernel$', '\n'.join(keys), re.M)
+        size = len(kernels) - 2
         cure = f'--resnet_size={size} or ' if size % 6 == 2 else ''
         raise Cifar10Error(
             f'{path} is of another network ({name} is {there} there and '
@@ -328,12 +283,12 @@ class Checkpoints:
 
     Raises:
       Cifar10Error: A variable is not finite, or the folder cannot be written.
-        The older checkpoints are still there.
+        The older checkpoints stay.
     """
     step = self._variables['global_step'].numpy()
     for name, variable in self._variables.items():
       if not np.isfinite(variable.numpy()).all():
-        raise not_finite_error(name, step)
+        raise not_finite(name, step)
     logging.info('Saving checkpoints for %d into %s.', step, self._prefix)
     try:
       if self._manager is None:
@@ -342,15 +297,10 @@ class Checkpoints:
     except (tf.errors.OpError, OSError) as error:
       raise Cifar10Error(
           f'Cannot save a checkpoint in {self._model_dir} '
-          f'({first_line(error)}): make room there and start again, the '
+          f'({reason(error)}): make room there and start again, the '
           'older checkpoints are whole') from None
     self._saved_at = time.monotonic()
     return path
-
-  def save_if_due(self) -> None:
-    """Saves a checkpoint if the last one is old enough."""
-    if time.monotonic() - self._saved_at >= SAVE_SECONDS:
-      self.save()
 
   def _make_manager(self):
     # A manager deletes what `checkpoint` lists: nothing of other folders, then.
@@ -362,30 +312,32 @@ class Checkpoints:
         tf.train.Checkpoint(**self._variables), self._model_dir,
         KEEP_CHECKPOINTS, checkpoint_name='model.ckpt')
 
+  def save_if_due(self, step: int, values: dict) -> None:
+    """Hook that saves a checkpoint when the last one is old enough."""
+    del step, values  # not used
+    if time.monotonic() - self._saved_at >= SAVE_SECONDS:
+      self.save()
 
-def not_finite_error(name: str, step: int) -> Cifar10Error:
+
+def not_finite(name: str, step: int) -> Cifar10Error:
   """Returns the error that ends a run whose numbers overflowed."""
   return Cifar10Error(
-      f'{name} is not finite at step {step}, and no checkpoint of it is saved: '
-      'the learning rate is 0.1 * batch_size / 128, try a smaller --batch_size')
+      f'{name} is not finite at step {step}, nothing of it is saved: the '
+      'learning rate is 0.1 * batch_size / 128, try a smaller --batch_size')
 
 
-def first_line(error: Exception) -> str:
-  """Returns the first line of an error's message."""
-  return str(error).partition('\n')[0]
-
-
-# ----------------------------------------------------------------------- train
+def reason(error: Exception) -> str:
+  """Returns an error's first line, without the names of graph nodes in it."""
+  return re.sub(r'\{\{.*?\}\} ?| \[Op:.*', '', str(error).partition('\n')[0])
 
 
 def train_step(state: TrainState, schedule: Callable, features: tf.Tensor,
-               labels: tf.Tensor) -> Values:
+               labels: tf.Tensor) -> dict[str, tf.Tensor]:
   """Trains one batch.
 
   Returns:
-    What the log shows of the step, all from before its update: cross_entropy,
-    loss and learning_rate, float32 []; correct, the number of images classified
-    correctly, int64 []; images, up to six of the batch.
+    What is logged of a step, from before its update: cross_entropy, loss and
+    learning_rate, float32 []; correct, int64 []; up to six of the images.
   """
   variables = state.network.trainable_variables
   with tf.GradientTape() as tape:
@@ -394,7 +346,7 @@ def train_step(state: TrainState, schedule: Callable, features: tf.Tensor,
   learning_rate = schedule(state.global_step)
   for variable, accum, gradient in zip(variables, state.momentum, gradients):
     # accum = 0.9 * accum + gradient; variable -= learning_rate * accum. Keras
-    # has the learning rate in accum, which differs after each of its drops.
+    # accumulates the learning rate too: other numbers after each of its drops.
     tf.raw_ops.ResourceApplyMomentum(
         var=variable.handle, accum=accum.handle, lr=learning_rate,
         grad=gradient, momentum=MOMENTUM)
@@ -404,17 +356,17 @@ def train_step(state: TrainState, schedule: Callable, features: tf.Tensor,
           'images': features[:NUM_SUMMARY_IMAGES]}
 
 
-def make_train_steps(state: TrainState, batch_size: int) -> Callable:
-  """Returns the compiled inner loop, `train_steps(iterator, num_steps)`.
+def make_inner_loop(state: TrainState, batch_size: int) -> Callable:
+  """Returns the compiled `inner_loop(iterator, num_steps)`.
 
-  It returns the values of the last step, and `finite_steps`, int64 []: how many
-  steps it took until the loss was not finite any more.
+  It trains and returns the values of the last step and, as `finite_steps`,
+  int64 [], after how many steps the loss was not finite any more.
   """
   schedule = learning_rate_schedule(batch_size)
   num_images = min(batch_size, NUM_SUMMARY_IMAGES)
 
   @tf.function
-  def train_steps(iterator, num_steps):
+  def inner_loop(iterator, num_steps):
     values = {'cross_entropy': 0.0, 'loss': 0.0, 'learning_rate': 0.0,
               'correct': tf.constant(0, tf.int64),
               'images': tf.zeros([num_images, HEIGHT, WIDTH, DEPTH])}
@@ -424,29 +376,25 @@ def make_train_steps(state: TrainState, batch_size: int) -> Callable:
       finite_steps += tf.cast(tf.math.is_finite(values['loss']), tf.int64)
     return {**values, 'finite_steps': finite_steps}
 
-  return train_steps
+  return inner_loop
 
 
-def train(state: TrainState, train_steps: Callable, iterator: Iterator,
-          last_step: int, hooks: list[Callable], checkpoints: Checkpoints,
-          batch_size: int) -> None:
-  """Trains one cycle, up to and including `last_step`.
+def train(inner_loop: Callable, iterator: Iterator, step: int, last_step: int,
+          batch_size: int, hooks: list[Callable]) -> None:
+  """Trains one cycle, from the step after `step` up to `last_step`.
 
-  Calls `hook(step, values)` at the first step and every 100 steps from there.
-
-  Raises:
-    Cifar10Error: The loss is not finite any more.
+  Calls each `hook(step, values)` at the first step of the cycle and every 100
+  steps from there. Raises Cifar10Error when the loss is not finite any more.
   """
-  step = state.global_step.numpy()
   first_step = step + 1
   correct = seen = 0
   looked_at = None
   for look in (*range(first_step, last_step, LOG_STEPS), last_step):
-    # The number as a tensor: as a Python number, each would be traced anew.
-    values = train_steps(iterator, tf.constant(look - step))
+    # A tensor, since each Python number would be traced anew.
+    values = inner_loop(iterator, tf.constant(look - step))
     values = {name: value.numpy() for name, value in values.items()}  # waits
     if values['finite_steps'] < look - step:
-      raise not_finite_error('The loss', step + 1 + values['finite_steps'])
+      raise not_finite('The loss', step + 1 + values['finite_steps'])
     step = look
     if (step - first_step) % LOG_STEPS == 0:
       # As in the original, the mean over the logged batches of this cycle.
@@ -460,7 +408,6 @@ def train(state: TrainState, train_steps: Callable, iterator: Iterator,
       looked_at = now
       for hook in hooks:
         hook(step, values)
-    checkpoints.save_if_due()
   logging.info('Loss for final step: %s.', values['loss'])
 
 
@@ -485,52 +432,28 @@ def write_summaries(writer: tf.summary.SummaryWriter, step: int,
                  'global_step/sec'):
       if name in values:
         tf.summary.scalar(name, values[name])
-    # Zero, an image's mean, becomes grey, its farthest value black or white.
+    # An image's mean, zero, becomes grey, its farthest value black or white.
     images = values['images']
     farthest = np.abs(images).max(axis=(1, 2, 3), keepdims=True)
     tf.summary.image('images', 0.5 + 0.5 * images / np.maximum(farthest, 1e-6),
                      max_outputs=NUM_SUMMARY_IMAGES)
 
 
-# -------------------------------------------------------------------- evaluate
-
-
-def make_eval_step(network: resnet_model.Cifar10ResnetV2,
-                   dataset: tf.data.Dataset) -> Callable:
-  """Returns the compiled `eval_step(features, labels) -> loss, correct`."""
-
-  # With the signature of the dataset, whose N is open, one trace serves the
-  # short last batch too.
-  @tf.function(input_signature=dataset.element_spec)
-  def eval_step(features, labels):
-    outputs = model_fn(features, labels, 'eval', network)
-    return outputs['loss'], outputs['correct']
-
-  return eval_step
-
-
 def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
              step: int) -> dict[str, float]:
-  """Evaluates the network, logs and prints the results.
+  """Evaluates checkpoint `path` of `step`; logs, prints and returns results.
 
-  Args:
-    eval_step: Of make_eval_step.
-    dataset: The batches to evaluate.
-    path: The checkpoint that holds what is evaluated, for the log.
-    step: global_step.
-
-  Returns:
-    accuracy, over all images; loss, the plain mean over the batches, in which
-    the short last one counts like the others; global_step.
+  These are accuracy over all images; loss, the plain mean over the batches, in
+  which the last one counts like the others although it is short; global_step.
   """
   logging.info('Starting evaluation at %s', time.strftime('%Y-%m-%dT%H:%M:%S'))
   # The variables are in memory already, but people search logs for this line.
   logging.info('Restoring parameters from %s', path)
   loss = correct = images = batches = 0
   for features, labels in dataset:
-    batch_loss, batch_correct = eval_step(features, labels)
-    loss += batch_loss
-    correct += batch_correct
+    outputs = eval_step(features, labels)
+    loss += outputs['loss']
+    correct += outputs['correct']
     images += len(labels)
     batches += 1
   logging.info('Finished evaluation at %s', time.strftime('%Y-%m-%d-%H:%M:%S'))
@@ -547,68 +470,59 @@ def shortest(value: tf.Tensor) -> float:
   return float(str(np.float32(value)))
 
 
-# ------------------------------------------------------------------------- run
-
-
 def train_and_evaluate(
     data_dir: str | None, model_dir: str, resnet_size: int, train_steps: int,
     steps_per_eval: int, batch_size: int, data_format: str | None = None,
     use_synthetic_data: bool = False, eval_only: bool = False) -> None:
-  """Trains and evaluates in turn until `train_steps` steps are done in all.
+  """Trains and evaluates in turn, up to `train_steps` in all.
 
-  Goes on from the newest checkpoint in `model_dir`, if there is one.
-
-  Args:
-    data_dir: The folder that holds cifar-10-batches-bin/, or that one itself.
-    model_dir: Folder of the checkpoints and summaries.
-    resnet_size: Depth of the network, 6n + 2.
-    train_steps: Steps to train in all, those of earlier runs included.
-    steps_per_eval: Steps between two evaluations.
-    batch_size: Images per batch.
-    data_format: 'channels_first', 'channels_last' or None, the device's choice.
-    use_synthetic_data: Whether to make up the data.
-    eval_only: Whether to evaluate the newest checkpoint and write nothing.
+  Goes on from the newest checkpoint in `model_dir`. The arguments are the flags
+  of the same names.
 
   Raises:
     Cifar10Error: Data, checkpoint or model folder are not as they should be, or
       the loss is not finite any more.
   """
+  check_data_format(data_format)
   if not eval_only:
     train_data = input_fn('train', data_dir, batch_size, use_synthetic_data)
   eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
-  check_data_format(data_format)
   network = resnet_model.cifar10_resnet_v2_generator(
       resnet_size, NUM_CLASSES, data_format)
+  # The signature leaves N open: one trace, although the last batch is short.
+  eval_step = tf.function(
+      lambda features, labels: model_fn(features, labels, 'eval', network),
+      input_signature=eval_data.element_spec)
   state = TrainState(network)
   checkpoints = Checkpoints(model_dir, state)
   path = checkpoints.newest()
   if path is not None:
     checkpoints.restore(path)
-  elif eval_only:
-    raise Cifar10Error(f'{model_dir} holds no checkpoint to evaluate: train '
-                       'first, or name another --model_dir')
   step = state.global_step.numpy().item()
-  log_run(network, resnet_size, path, step, train_steps, batch_size, eval_only)
-  eval_step = make_eval_step(network, eval_data)
   if eval_only:
+    if path is None:
+      raise Cifar10Error(f'{model_dir} holds no checkpoint to evaluate: train '
+                         'first, or name another --model_dir')
     evaluate(eval_step, eval_data, path, step)
     return
 
   make_writable(model_dir)
+  log_run(network, resnet_size, step, train_steps, batch_size)
   train_writer = tf.summary.create_file_writer(model_dir)
   eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
-  hooks = [log_values, functools.partial(write_summaries, train_writer)]
-  inner_loop = make_train_steps(state, batch_size)
+  hooks = [log_values, functools.partial(write_summaries, train_writer),
+           checkpoints.save_if_due]
+  inner_loop = make_inner_loop(state, batch_size)
   if path is None:
-    path = checkpoints.save()
+    checkpoints.save()
   while True:
     if step < train_steps:
       # Cycles end at multiples of steps_per_eval, after an interruption too.
-      step += steps_per_eval - step % steps_per_eval
-      step = min(step, train_steps)
-      train(state, inner_loop, iter(train_data), step, hooks, checkpoints,
-            batch_size)
-      path = checkpoints.save()
+      last_step = step + steps_per_eval - step % steps_per_eval
+      last_step = min(last_step, train_steps)
+      # A fresh input and train_accuracy in each cycle, as in the original.
+      train(inner_loop, iter(train_data), step, last_step, batch_size, hooks)
+      path, step = checkpoints.save(), last_step
     results = evaluate(eval_step, eval_data, path, step)
     with eval_writer.as_default(step):
       tf.summary.scalar('accuracy', results['accuracy'])
@@ -619,40 +533,11 @@ def train_and_evaluate(
       return
 
 
-def log_run(network: resnet_model.Cifar10ResnetV2, resnet_size: int,
-            path: str | None, step: int, train_steps: int, batch_size: int,
-            eval_only: bool) -> None:
-  """Logs in a few lines what the run will use and do."""
-  gpus = tf.config.list_physical_devices('GPU')
-  if gpus:
-    details = tf.config.experimental.get_device_details(gpus[0])
-    device = details.get('device_name', 'GPU')
-  else:
-    device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
-  parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
-  logging.info('ResNet-%d, %s parameters, on %s, %s', resnet_size,
-               f'{parameters:,}', device, network.data_format)
-  if path is not None:
-    logging.info('Restored %s', path)
-  if eval_only:
-    return
-  if step >= train_steps:
-    logging.info('All %d steps are trained already: this run evaluates only. '
-                 'A higher --train_steps would train on', train_steps)
-    return
-  boundaries = learning_rate_schedule(batch_size).boundaries
-  logging.info(
-      'Training steps %d to %d, batch size %d; the learning rate drops after '
-      'steps %s%s', step + 1, train_steps, batch_size,
-      ', '.join(map(str, boundaries)),
-      ', not in this run' if train_steps <= boundaries[0] else '')
-
-
 def check_data_format(data_format: str | None) -> None:
   """Raises Cifar10Error where the device has no channels_first convolution."""
   if data_format == 'channels_first':
+    one = tf.ones([1, 1, 1, 1])
     try:
-      one = tf.ones([1, 1, 1, 1])
       tf.nn.conv2d(one, one, 1, 'SAME', data_format='NCHW')
     except tf.errors.UnimplementedError:
       raise Cifar10Error('--data_format=channels_first does not run on this '
@@ -668,6 +553,29 @@ def make_writable(model_dir: str) -> None:
   except OSError as error:
     raise Cifar10Error(f'Cannot write to {model_dir} ({error.strerror}): name '
                        'another --model_dir') from None
+
+
+def log_run(network: resnet_model.Cifar10ResnetV2, resnet_size: int,
+            step: int, train_steps: int, batch_size: int) -> None:
+  """Logs what the run will use and do."""
+  device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
+  for gpu in tf.config.list_physical_devices('GPU')[:1]:
+    details = tf.config.experimental.get_device_details(gpu)
+    device = details.get('device_name', 'GPU')
+  parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
+  logging.info('ResNet-%d, %s parameters, %s, on %s', resnet_size,
+               f'{parameters:,}', network.data_format, device)
+
+  if step >= train_steps:
+    logging.info('All %d steps are trained already: only evaluating. A higher '
+                 '--train_steps would train on', train_steps)
+    return
+  boundaries = learning_rate_schedule(batch_size).boundaries
+  logging.info(
+      'Training steps %d to %d, batch size %d. The learning rate drops after '
+      'steps %s%s', step + 1, train_steps, batch_size,
+      ', '.join(map(str, boundaries)),
+      ', all beyond this run' if train_steps <= boundaries[0] else '')
 
 
 def define_flags() -> None:
@@ -691,14 +599,14 @@ def define_flags() -> None:
       lower_bound=1, upper_bound=NUM_TRAIN_IMAGES)
   flags.DEFINE_enum(
       'data_format', None, ['channels_first', 'channels_last'],
-      'Layout of the images in the network. By default what the device runs '
-      'faster: channels_first on a GPU, channels_last on a CPU.')
+      'Layout of the images in the network. By default the faster one: '
+      'channels_first on a GPU, channels_last on a CPU.')
   flags.DEFINE_bool(
       'use_synthetic_data', False,
       'Train and evaluate on made-up images: needs no data and no network.')
   flags.DEFINE_bool(
       'eval_only', False,
-      'Evaluate the newest checkpoint, print the results and end.')
+      'Evaluate the newest checkpoint, print the results and write nothing.')
   flags.register_validator(
       'resnet_size', lambda size: size >= 8 and size % 6 == 2,
       'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')

@@ -25,14 +25,14 @@ class BatchNormRelu(tf.Module):
   """Fused batch normalization, then ReLU."""
 
   def __init__(self, channels: int, data_format: str, name: str):
-    super().__init__(name)
+    super().__init__()
     self._data_format = data_format
     zeros, ones = tf.zeros([channels]), tf.ones([channels])
-    with self.name_scope:
-      self.gamma = tf.Variable(ones, name='gamma')
-      self.beta = tf.Variable(zeros, name='beta')
-      self.moving_mean = tf.Variable(zeros, False, name='moving_mean')
-      self.moving_variance = tf.Variable(ones, False, name='moving_variance')
+    self.gamma = tf.Variable(ones, name=f'{name}/gamma')
+    self.beta = tf.Variable(zeros, name=f'{name}/beta')
+    self.moving_mean = tf.Variable(zeros, False, name=f'{name}/moving_mean')
+    self.moving_variance = tf.Variable(
+        ones, False, name=f'{name}/moving_variance')
 
   def __call__(self, inputs: tf.Tensor, training: bool) -> tf.Tensor:
     # For training, the operation wants empty moments and returns the batch's.
@@ -56,16 +56,15 @@ class Conv2dFixedPadding(tf.Module):
 
   def __init__(self, in_channels: int, filters: int, kernel_size: int,
                strides: int, data_format: str, name: str):
-    super().__init__(name)
+    super().__init__()
     self._strides = strides
     self._data_format = data_format
     # Corrects for the truncation, which TensorFlow did not before mid-2018.
     initializer = tf.keras.initializers.VarianceScaling(
         scale=1.0, mode='fan_in', distribution='truncated_normal')
-    with self.name_scope:
-      self.kernel = tf.Variable(
-          initializer([kernel_size, kernel_size, in_channels, filters]),
-          name='kernel')
+    self.kernel = tf.Variable(
+        initializer([kernel_size, kernel_size, in_channels, filters]),
+        name=f'{name}/kernel')
 
   def __call__(self, inputs: tf.Tensor) -> tf.Tensor:
     padding = 'SAME'

@@ -126,11 +126,11 @@ def difference(ours, theirs):
 def test_training_has_the_originals_numbers(golden, data_format):
   state = make_state(data_format=data_format)
   for variable in state.network.variables:
-    variable.assign(golden[f'init/{cifar10_main.variable_name(variable)}'])
+    variable.assign(golden[f'init/{cifar10_main.tf1_name(variable)}'])
   state.global_step.assign(312490)
-  train_steps = cifar10_main.make_train_steps(state, batch_size=16)
+  inner_loop = cifar10_main.make_inner_loop(state, batch_size=16)
   iterator = iter(golden_dataset(golden, slice(20)))
-  steps = [train_steps(iterator, tf.constant(1)) for _ in range(20)]
+  steps = [inner_loop(iterator, tf.constant(1)) for _ in range(20)]
 
   for name in ('loss', 'cross_entropy'):
     ours = np.array([values[name] for values in steps])
@@ -140,10 +140,10 @@ def test_training_has_the_originals_numbers(golden, data_format):
       golden['train/learning_rate'])
   assert state.global_step.numpy() == golden['final/global_step'] == 312510
   for variable in state.network.variables:
-    name = cifar10_main.variable_name(variable)
+    name = cifar10_main.tf1_name(variable)
     assert difference(variable.numpy(), golden[f'final/{name}']) < 2e-3, name
   for variable in state.momentum:
-    name = cifar10_main.variable_name(variable)
+    name = cifar10_main.tf1_name(variable)
     assert difference(variable.numpy(), golden[f'final/{name}']) < 2e-2, name
 
 
@@ -153,7 +153,7 @@ def test_evaluation_of_the_originals_checkpoint(golden, data_format):
   checkpoints = cifar10_main.Checkpoints('unused', state)
   checkpoints.restore(GOLDEN + '.ckpt')
   for variable in (*state.variables, *state.momentum):
-    name = cifar10_main.variable_name(variable)
+    name = cifar10_main.tf1_name(variable)
     np.testing.assert_array_equal(variable.numpy(), golden[f'final/{name}'])
 
   features, labels = golden_dataset(golden, slice(20, 21)).get_single_element()
@@ -433,44 +433,43 @@ def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys):
   assert [event.step for event in test.Tensors('loss')] == [205, 209]
 
 
-class FakeCheckpoints:
-
-  def save_if_due(self):
-    pass
-
-
 def test_train_accuracy_is_the_mean_over_logged_batches(log):
-  state = make_state()
+  step = 0
   # Of steps 1 and 101, 20 and 33 right of 128; the others do not count.
   correct = {1: 20, 101: 33}
 
-  def train_steps(iterator, num_steps):
-    step = state.global_step.assign_add(tf.cast(num_steps, tf.int64)).numpy()
+  def inner_loop(iterator, num_steps):
+    nonlocal step
+    step += num_steps.numpy()
     values = {'correct': correct.get(step, 128), 'finite_steps': num_steps,
               'loss': 2.0, 'cross_entropy': 1.0, 'learning_rate': 0.1}
     return {name: tf.constant(value) for name, value in values.items()}
 
-  cifar10_main.train(state, train_steps, None, 200, [cifar10_main.log_values],
-                     FakeCheckpoints(), 128)
+  cifar10_main.train(
+      inner_loop, None, 0, 200, 128, [cifar10_main.log_values])
+  assert step == 200
   accuracy = matches(r'.*train_accuracy = ([\d.]+).*', log)
   assert accuracy == [('0.15625',), ('0.20703125',)]
 
 
 def test_inner_loop_is_traced_once(data_dir):
   state = make_state()
-  train_steps = cifar10_main.make_train_steps(state, 10)
+  inner_loop = cifar10_main.make_inner_loop(state, 10)
   dataset = cifar10_main.input_fn('train', str(data_dir), 10)
   for num_steps in (1, 2, 3):
-    train_steps(iter(dataset), tf.constant(num_steps))
+    inner_loop(iter(dataset), tf.constant(num_steps))
   assert state.global_step.numpy() == 6
-  assert train_steps.experimental_get_tracing_count() == 1
+  assert inner_loop.experimental_get_tracing_count() == 1
 
 
 def test_evaluation_averages(data_dir, capsys):
   """Accuracy is over images, loss over batches, the short one included."""
   state = make_state()
   dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
-  eval_step = cifar10_main.make_eval_step(state.network, dataset)
+  eval_step = tf.function(
+      lambda features, labels: cifar10_main.model_fn(
+          features, labels, 'eval', state.network),
+      input_signature=dataset.element_spec)
   results = cifar10_main.evaluate(eval_step, dataset, 'path', 7)
   losses, correct = [], 0
   for features, labels in dataset:
@@ -482,7 +481,6 @@ def test_evaluation_averages(data_dir, capsys):
   assert results['accuracy'] == float(str(np.float32(correct / 23)))
   assert results['global_step'] == 7
   assert capsys.readouterr().out == f'{results}\n'
-  assert eval_step.experimental_get_tracing_count() == 1
 
 
 def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
@@ -517,10 +515,10 @@ def test_keeps_five_checkpoints(data_dir, tmp_path):
 
 def test_saves_by_the_clock(tmp_path, monkeypatch, log):
   checkpoints = cifar10_main.Checkpoints(str(tmp_path), make_state())
-  checkpoints.save_if_due()
+  checkpoints.save_if_due(0, {})
   assert not contents(tmp_path)
   monkeypatch.setattr(cifar10_main, 'SAVE_SECONDS', 0)
-  checkpoints.save_if_due()
+  checkpoints.save_if_due(0, {})
   assert checkpoints.newest() == str(tmp_path / 'model.ckpt-0')
 
 
