@@ -153,10 +153,7 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     images, labels = dataset_parser(records)
     if mode == 'train':
       images, labels = train_preprocess_fn(images, labels)
-    # As uint8, images would be scaled to 0..1 first. The lower bound of their
-    # standard deviation, 1 / sqrt(3072), is meant for 0..255.
-    images = tf.image.per_image_standardization(tf.cast(images, tf.float32))
-    return images, labels
+    return tf.image.per_image_standardization(images), labels
 
   with tf.device('CPU'):
     records = tf.constant(records)
@@ -236,7 +233,11 @@ class Checkpoints:
     self._prefix = os.path.join(model_dir, 'model.ckpt')
     self._variables = {tf1_name(v): v for v in (
         *state.network.variables, *state.momentum, state.global_step)}
-    self._manager = None  # made at the first save: reading changes no folder
+    # It deletes only what it wrote itself: files of 2017 stay, and those that
+    # a `checkpoint` file copied from another folder may name.
+    self._manager = tf.train.CheckpointManager(
+        tf.train.Checkpoint(**self._variables), model_dir, KEEP_CHECKPOINTS,
+        checkpoint_name='model.ckpt')
     self._saved_at = time.monotonic()
 
   def newest(self) -> str | None:
@@ -279,7 +280,7 @@ class Checkpoints:
       variable.assign(values[name])
 
   def save(self) -> str:
-    """Saves a checkpoint, deletes the sixth newest and returns the path.
+    """Saves a checkpoint, of which the newest five stay; returns its path.
 
     Raises:
       Cifar10Error: A variable is not finite, or the folder cannot be written.
@@ -291,8 +292,6 @@ class Checkpoints:
         raise not_finite(name, step)
     logging.info('Saving checkpoints for %d into %s.', step, self._prefix)
     try:
-      if self._manager is None:
-        self._manager = self._make_manager()
       path = self._manager.save(checkpoint_number=step)
     except (tf.errors.OpError, OSError) as error:
       raise Cifar10Error(
@@ -301,16 +300,6 @@ class Checkpoints:
           'older checkpoints are whole') from None
     self._saved_at = time.monotonic()
     return path
-
-  def _make_manager(self):
-    # A manager deletes what `checkpoint` lists: nothing of other folders, then.
-    listed = tf.train.get_checkpoint_state(self._model_dir)
-    if listed and not all(path.startswith(f'{self._prefix}-')
-                          for path in listed.all_model_checkpoint_paths):
-      os.remove(os.path.join(self._model_dir, 'checkpoint'))
-    return tf.train.CheckpointManager(
-        tf.train.Checkpoint(**self._variables), self._model_dir,
-        KEEP_CHECKPOINTS, checkpoint_name='model.ckpt')
 
   def save_if_due(self, step: int, values: dict) -> None:
     """Hook that saves a checkpoint when the last one is old enough."""
@@ -581,6 +570,7 @@ def log_run(network: resnet_model.Cifar10ResnetV2, resnet_size: int,
 def define_flags() -> None:
   """Defines the flags of this script."""
   cifar10.define_data_dir()
+  flags.declare_key_flag('data_dir')  # for --help to list it here too
   flags.DEFINE_string(
       'model_dir', '/tmp/cifar10_model',
       'Folder of the checkpoints and TensorBoard events. By default, synthetic '

@@ -170,12 +170,16 @@ def test_extracts_nothing_but_the_six_files(data_dir, files, archive):
     for name in ('../evil.bin', '/tmp/evil.bin', 'evil/data_batch_1.bin',
                  f'{cifar10.FOLDER_NAME}/extra.bin'):
       member = tarfile.TarInfo(name)
-      member.size = 3
-      tar.addfile(member, io.BytesIO(b'bad'))
-    link = tarfile.TarInfo(f'{cifar10.FOLDER_NAME}/data_batch_1.bin')
-    link.type = tarfile.SYMTYPE
-    link.linkname = '/etc/passwd'
-    tar.addfile(link)
+      member.size = len(files['data_batch_2.bin'])
+      tar.addfile(member, io.BytesIO(files['data_batch_2.bin']))
+    for kind, target in ((tarfile.SYMTYPE, 'data_batch_2.bin'),
+                         (tarfile.LNKTYPE, 'data_batch_2.bin'),
+                         (tarfile.FIFOTYPE, '')):
+      member = tarfile.TarInfo(f'{cifar10.FOLDER_NAME}/data_batch_1.bin')
+      member.type = kind
+      member.linkname = target
+      member.size = len(files['data_batch_2.bin'])
+      tar.addfile(member)
     for name, data in files.items():
       member = tarfile.TarInfo(f'{cifar10.FOLDER_NAME}/{name}')
       member.size = len(data)

@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -503,6 +504,33 @@ def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
   checkpoints = {path: data for path, data in before.items()
                  if 'ckpt' in path.name}
   assert checkpoints.items() <= contents(tmp_path / 'model').items()
+
+
+def test_a_copied_folder_leaves_the_one_it_came_from_alone(data_dir, tmp_path):
+  ours, copy = tmp_path / 'model', tmp_path / 'copy'
+  run(data_dir, ours, train_steps=1)
+  # TensorFlow 1 wrote absolute paths.
+  (ours / 'checkpoint').write_text(
+      f'model_checkpoint_path: "{ours}/model.ckpt-1"\n'
+      f'all_model_checkpoint_paths: "{ours}/model.ckpt-0"\n'
+      f'all_model_checkpoint_paths: "{ours}/model.ckpt-1"\n')
+  shutil.copytree(ours, copy)
+  before = contents(ours)
+  run(data_dir, copy, train_steps=7, steps_per_eval=1)
+  assert contents(ours) == before
+  assert (copy / 'model.ckpt-7.index').exists()
+
+
+def test_each_cycle_starts_its_input_anew(data_dir, tmp_path, monkeypatch):
+  train, iterators = cifar10_main.train, []
+
+  def spy(inner_loop, iterator, *args):
+    iterators.append(iterator)
+    train(inner_loop, iterator, *args)
+
+  monkeypatch.setattr(cifar10_main, 'train', spy)
+  run(data_dir, tmp_path / 'model', train_steps=6, steps_per_eval=2)
+  assert len({id(iterator) for iterator in iterators}) == 3
 
 
 def test_keeps_five_checkpoints(data_dir, tmp_path):
