@@ -14,7 +14,7 @@ References:
       arXiv:1603.05027. The network.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import functools
 import os
 import platform
@@ -269,13 +269,10 @@ class Checkpoints:
     for name, variable in self._variables.items():
       if name not in values or values[name].shape != variable.shape:
         there = list(values[name].shape) if name in values else 'missing'
-        # A convolution for each layer but the last, and three projections.
-        kernels = re.findall(r'^conv2d(?:_\d+)?/kernel$', '\n'.join(keys), re.M)
-        size = len(kernels) - 2
-        cure = f'--resnet_size={size} or ' if size % 6 == 2 else ''
         raise Cifar10Error(
             f'{path} is of another network ({name} is {there} there and '
-            f'{variable.shape.as_list()} here): use {cure}another --model_dir')
+            f'{variable.shape.as_list()} here): use {fitting_size(keys)}'
+            'another --model_dir')
     for name, variable in self._variables.items():
       variable.assign(values[name])
 
@@ -306,6 +303,13 @@ class Checkpoints:
     del step, values  # not used
     if time.monotonic() - self._saved_at >= SAVE_SECONDS:
       self.save()
+
+
+def fitting_size(names: Iterable[str]) -> str:
+  """Returns '--resnet_size=N or ' where variables are those of a ResNet-N."""
+  # A convolution for each layer but the last, and three projections.
+  size = sum('conv2d' in name and name.endswith('kernel') for name in names) - 2
+  return f'--resnet_size={size} or ' if size >= 8 and size % 6 == 2 else ''
 
 
 def not_finite(name: str, step: int) -> Cifar10Error:
