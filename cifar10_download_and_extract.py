@@ -12,6 +12,7 @@ References:
       2009. https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+import gzip
 import hashlib
 import http.client
 import os
@@ -33,20 +34,14 @@ ARCHIVE_SHA256 = (
 FOLDER_NAME = 'cifar-10-batches-bin'
 TRAIN_FILES = tuple(f'data_batch_{i}.bin' for i in range(1, 6))
 TEST_FILE = 'test_batch.bin'
-FILE_SHA256 = {
-    'data_batch_1.bin':
-        'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5',
-    'data_batch_2.bin':
-        'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed',
-    'data_batch_3.bin':
-        'bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67',
-    'data_batch_4.bin':
-        '014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48',
-    'data_batch_5.bin':
-        '755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add',
-    'test_batch.bin':
-        '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b',
-}
+FILE_SHA256 = dict(zip((*TRAIN_FILES, TEST_FILE), (
+    'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5',
+    'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed',
+    'bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67',
+    '014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48',
+    '755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add',
+    '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b',
+)))
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer',
            'dog', 'frog', 'horse', 'ship', 'truck')
 RECORD_BYTES = 1 + 3 * 32 * 32
@@ -108,15 +103,15 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
     return
   os.makedirs(data_dir, exist_ok=True)
   archive = os.path.join(data_dir, ARCHIVE_NAME)
-  # Beside the final places, so that a rename, all or nothing, ends the work.
+  # Beside the final places, for renames, all or nothing, to end the work.
   with tempfile.TemporaryDirectory(prefix='.partial-', dir=data_dir) as partial:
     if not is_right_archive(archive, skip_checksums):
       fetched = os.path.join(partial, ARCHIVE_NAME)
       download(data_url, fetched, archive)
       if not is_right_archive(fetched, skip_checksums):
         raise Cifar10Error(
-            f'{data_url} is not the published archive: its SHA-256 is '
-            f'{sha256(fetched)}; --skip_checksums would take it nevertheless')
+            f'{data_url} gave another archive than the published one, its '
+            'SHA-256 differs: try again, or see --skip_checksums')
       os.replace(fetched, archive)
     extract(archive, to_extract, partial)
     for name in to_extract:
@@ -138,13 +133,13 @@ def is_sound(filename: str, skip_checksums: bool) -> bool:
       which must neither be used unasked nor be overwritten.
   """
   try:
-    num_records = len(read_records(filename))
+    records = read_records(filename)
   except Cifar10Error:
     return False
-  if num_records != RECORDS_PER_FILE:
+  if len(records) != RECORDS_PER_FILE:
     return False
   published = FILE_SHA256[os.path.basename(filename)]
-  if not skip_checksums and sha256(filename) != published:
+  if not skip_checksums and hashlib.sha256(records).hexdigest() != published:
     raise Cifar10Error(
         f'{filename} is not the published file, its SHA-256 differs: move it '
         'away and run this again')
@@ -153,17 +148,13 @@ def is_sound(filename: str, skip_checksums: bool) -> bool:
 
 def is_right_archive(archive: str, skip_checksums: bool) -> bool:
   """Tells whether the archive is there and, where asked, the published one."""
-  return os.path.isfile(archive) and (
-      skip_checksums or sha256(archive) == ARCHIVE_SHA256)
-
-
-def sha256(filename: str) -> str:
-  """Returns the SHA-256 of a file in hexadecimal digits."""
+  if skip_checksums or not os.path.isfile(archive):
+    return os.path.isfile(archive)
   digest = hashlib.sha256()
-  with open(filename, 'rb') as file:
+  with open(archive, 'rb') as file:
     while chunk := file.read(CHUNK_BYTES):
       digest.update(chunk)
-  return digest.hexdigest()
+  return digest.hexdigest() == ARCHIVE_SHA256
 
 
 def download(data_url: str, filename: str, archive: str) -> None:
@@ -210,7 +201,7 @@ def extract(archive: str, names: list[str], folder: str) -> None:
   """
   missing = set(names)
   try:
-    with tarfile.open(archive, 'r:gz') as tar:
+    with gzip.open(archive) as stream, tarfile.open(None, 'r:', stream) as tar:
       for member in tar:
         place, name = os.path.split(member.name)
         if (place == FOLDER_NAME and name in missing and member.isfile()
@@ -218,7 +209,9 @@ def extract(archive: str, names: list[str], folder: str) -> None:
           with open(os.path.join(folder, name), 'wb') as file:
             shutil.copyfileobj(tar.extractfile(member), file)
           missing.remove(name)
-  except (tarfile.TarError, EOFError, zlib.error) as error:
+      while stream.read(CHUNK_BYTES):  # to the checksum at its end
+        pass
+  except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise Cifar10Error(f'{archive} is damaged ({error}): delete it and run '
                        'this again') from None
   if missing:

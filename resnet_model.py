@@ -67,11 +67,10 @@ class Conv2dFixedPadding(tf.Module):
         name=f'{name}/kernel')
 
   def __call__(self, inputs: tf.Tensor) -> tf.Tensor:
-    padding = 'SAME'
     if self._strides > 1:  # where SAME would depend on the input's size
       inputs = fixed_padding(inputs, self.kernel.shape[0], self._data_format)
-      padding = 'VALID'
-    return tf.nn.conv2d(inputs, self.kernel, self._strides, padding,
+    return tf.nn.conv2d(inputs, self.kernel, self._strides,
+                        'VALID' if self._strides > 1 else 'SAME',
                         self._data_format)
 
 
@@ -79,8 +78,7 @@ class LayerFactory:
   """Makes layers, named as TensorFlow 1 did: conv2d, conv2d_1, conv2d_2, ..."""
 
   def __init__(self, data_format: str):
-    self._layout = (
-        'NCHW' if data_format == 'channels_first' else 'NHWC')
+    self._layout = 'NCHW' if data_format == 'channels_first' else 'NHWC'
     self._counts = collections.Counter()
 
   def batch_norm_relu(self, channels: int) -> BatchNormRelu:
@@ -136,11 +134,10 @@ class Cifar10ResnetV2(tf.Module):
     self.initial_conv = make.conv2d(NUM_CHANNELS, channels, 3, 1)
     self.blocks = []
     for filters, strides in BLOCK_LAYERS:
-      self.blocks.append(
-          BuildingBlock(make, channels, filters, strides, project=True))
-      for _ in range(num_blocks - 1):
-        self.blocks.append(
-            BuildingBlock(make, filters, filters, 1, project=False))
+      self.blocks += [
+          BuildingBlock(make, channels, filters, strides, project=True),
+          *(BuildingBlock(make, filters, filters, 1, project=False)
+            for _ in range(num_blocks - 1))]
       channels = filters
     self.final_batch_norm_relu = make.batch_norm_relu(channels)
     self.kernel = tf.Variable(
@@ -149,26 +146,22 @@ class Cifar10ResnetV2(tf.Module):
     self.bias = tf.Variable(tf.zeros([num_classes]), name='dense/bias')
 
   def __call__(self, inputs: tf.Tensor, training: bool) -> tf.Tensor:
-    """Computes logits.
+    """Returns logits, float32 [N, num_classes].
 
     Args:
       inputs: Standardized images, float32 [N, 32, 32, 3] in any data format.
       training: True normalizes by the moments of the batch and updates the
         moving averages; False normalizes by the moving averages.
-
-    Returns:
-      float32 [N, num_classes].
     """
-    height_and_width = [1, 2]
-    if self.data_format == 'channels_first':
+    channels_first = self.data_format == 'channels_first'
+    if channels_first:
       inputs = tf.transpose(inputs, [0, 3, 1, 2])
-      height_and_width = [2, 3]
     inputs = self.initial_conv(inputs)  # [N, 32, 32, 16]
     for block in self.blocks:  # [N, 32, 32, 16], [N, 16, 16, 32], [N, 8, 8, 64]
       inputs = block(inputs, training)
     inputs = self.final_batch_norm_relu(inputs, training)
-    inputs = tf.reduce_mean(inputs, height_and_width)  # [N, 64]
-    return tf.matmul(inputs, self.kernel) + self.bias  # [N, num_classes]
+    inputs = tf.reduce_mean(inputs, [2, 3] if channels_first else [1, 2])
+    return tf.matmul(inputs, self.kernel) + self.bias  # of [N, 64]
 
 
 def fixed_padding(inputs: tf.Tensor, kernel_size: int,

@@ -55,7 +55,8 @@ def archive(tmp_path, files, monkeypatch):
   path = tmp_path / 'mirror' / 'archive.tar.gz'
   path.parent.mkdir()
   make_archive(path, files)
-  monkeypatch.setattr(cifar10, 'ARCHIVE_SHA256', cifar10.sha256(path))
+  monkeypatch.setattr(
+      cifar10, 'ARCHIVE_SHA256', hashlib.sha256(path.read_bytes()).hexdigest())
   return path
 
 
@@ -136,7 +137,7 @@ def test_keeps_the_users_own_data(data_dir, files, archive):
 def test_other_archive_needs_the_waiver(data_dir, files, archive):
   other = make_files(seed=1)
   make_archive(archive, other)
-  with pytest.raises(Cifar10Error, match='not the published archive'):
+  with pytest.raises(Cifar10Error, match='gave another archive than'):
     run(data_dir, archive)
   assert contents(data_dir) == {}
   run(data_dir, archive, skip_checksums=True)
@@ -158,8 +159,26 @@ def test_checks_unverified_files_too(data_dir, files, archive, damage):
   assert set(contents(data_dir)) == {cifar10.ARCHIVE_NAME}
 
 
-def test_damaged_archive(data_dir, files, archive):
-  archive.write_bytes(archive.read_bytes()[:-5000])
+def cut(data):
+  return data[:-5000]
+
+
+def change_deflated_data(data):
+  return data[:9000] + b'\0\xff' * 500 + data[10000:]
+
+
+def change_checksum(data):
+  return data[:-8] + b'\0\0\0\0' + data[-4:]
+
+
+def be_something_else(data):
+  return b'<html>Moved</html>'
+
+
+@pytest.mark.parametrize('damage', [
+    cut, change_deflated_data, change_checksum, be_something_else])
+def test_damaged_archive(data_dir, files, archive, damage):
+  archive.write_bytes(damage(archive.read_bytes()))
   with pytest.raises(Cifar10Error, match='is damaged'):
     run(data_dir, archive, skip_checksums=True)
   assert set(contents(data_dir)) == {cifar10.ARCHIVE_NAME}
