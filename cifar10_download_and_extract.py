@@ -148,8 +148,10 @@ def is_sound(filename: str, skip_checksums: bool) -> bool:
 
 def is_right_archive(archive: str, skip_checksums: bool) -> bool:
   """Tells whether the archive is there and, where asked, the published one."""
-  if skip_checksums or not os.path.isfile(archive):
-    return os.path.isfile(archive)
+  if not os.path.isfile(archive):
+    return False
+  if skip_checksums:
+    return True
   digest = hashlib.sha256()
   with open(archive, 'rb') as file:
     while chunk := file.read(CHUNK_BYTES):

@@ -309,7 +309,8 @@ def fitting_size(names: Iterable[str]) -> str:
   """Returns '--resnet_size=N or ' where variables are those of a ResNet-N."""
   # A convolution for each layer but the last, and three projections.
   size = sum('conv2d' in name and name.endswith('kernel') for name in names) - 2
-  return f'--resnet_size={size} or ' if size >= 8 and size % 6 == 2 else ''
+  fits = resnet_model.is_resnet_size(size)
+  return f'--resnet_size={size} or ' if fits else ''
 
 
 def not_finite(name: str, step: int) -> Cifar10Error:
@@ -432,6 +433,17 @@ def write_summaries(writer: tf.summary.SummaryWriter, step: int,
                      max_outputs=NUM_SUMMARY_IMAGES)
 
 
+def make_eval_step(network: resnet_model.Cifar10ResnetV2,
+                   dataset: tf.data.Dataset) -> Callable:
+  """Returns the compiled `eval_step(features, labels)` with model_fn's outputs.
+
+  The signature leaves N open: one trace, although the last batch is short.
+  """
+  return tf.function(
+      lambda features, labels: model_fn(features, labels, 'eval', network),
+      input_signature=dataset.element_spec)
+
+
 def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
              step: int) -> dict[str, float]:
   """Evaluates checkpoint `path` of `step`; logs, prints and returns results.
@@ -482,10 +494,7 @@ def train_and_evaluate(
   eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
   network = resnet_model.cifar10_resnet_v2_generator(
       resnet_size, NUM_CLASSES, data_format)
-  # The signature leaves N open: one trace, although the last batch is short.
-  eval_step = tf.function(
-      lambda features, labels: model_fn(features, labels, 'eval', network),
-      input_signature=eval_data.element_spec)
+  eval_step = make_eval_step(network, eval_data)
   state = TrainState(network)
   checkpoints = Checkpoints(model_dir, state)
   path = checkpoints.newest()
@@ -602,7 +611,7 @@ def define_flags() -> None:
       'eval_only', False,
       'Evaluate the newest checkpoint, print the results and write nothing.')
   flags.register_validator(
-      'resnet_size', lambda size: size >= 8 and size % 6 == 2,
+      'resnet_size', resnet_model.is_resnet_size,
       'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')
 
 

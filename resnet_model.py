@@ -174,6 +174,11 @@ def fixed_padding(inputs: tf.Tensor, kernel_size: int,
   return tf.pad(inputs, [[0, 0], *paddings, [0, 0]])
 
 
+def is_resnet_size(size: int) -> bool:
+  """Tells whether a depth is 6n + 2 with n > 0."""
+  return size >= 8 and size % 6 == 2
+
+
 def cifar10_resnet_v2_generator(
     resnet_size: int, num_classes: int,
     data_format: str | None = None) -> Cifar10ResnetV2:
@@ -191,7 +196,7 @@ def cifar10_resnet_v2_generator(
   Raises:
     ValueError: `resnet_size` or `data_format` is none of the above.
   """
-  if resnet_size < 8 or resnet_size % 6 != 2:
+  if not is_resnet_size(resnet_size):
     raise ValueError(
         f'resnet_size must be 6n + 2 (8, 14, 20, ...), not {resnet_size}')
   if data_format is None:

@@ -225,7 +225,6 @@ def test_goes_on_from_a_model_folder_of_2017(data_dir, tmp_path, log, golden):
   reader = tf.train.load_checkpoint(str(model_dir))
   kernel = reader.get_tensor(
       'conv2d.Skernel.SMomentum/.ATTRIBUTES/VARIABLE_VALUE')
-  # Two more steps leave 0.81 of the momentum, and add two gradients.
   assert np.isfinite(kernel).all()
   assert not np.array_equal(kernel, golden['final/conv2d/kernel/Momentum'])
 
@@ -339,7 +338,7 @@ def test_training_order():
   assert not np.array_equal(first, second)  # each cycle draws its own
   assert len({*np.ravel(first)}) > 150
   assert not np.array_equal(np.ravel(first), np.arange(400) % 200)
-  # It goes on for ever, and into the shuffle buffer go whole rounds.
+  # It goes on beyond the 200.
   assert len(list(dataset.take(100))) == 100
 
 
@@ -499,10 +498,7 @@ def test_evaluation_averages(data_dir, capsys):
   """Accuracy is over images, loss over batches, the short one included."""
   state = make_state()
   dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
-  eval_step = tf.function(
-      lambda features, labels: cifar10_main.model_fn(
-          features, labels, 'eval', state.network),
-      input_signature=dataset.element_spec)
+  eval_step = cifar10_main.make_eval_step(state.network, dataset)
   results = cifar10_main.evaluate(eval_step, dataset, 'path', 7)
   losses, correct = [], 0
   for features, labels in dataset:
@@ -514,6 +510,7 @@ def test_evaluation_averages(data_dir, capsys):
   assert results['accuracy'] == float(str(np.float32(correct / 23)))
   assert results['global_step'] == 7
   assert capsys.readouterr().out == f'{results}\n'
+  assert eval_step.experimental_get_tracing_count() == 1
 
 
 def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
@@ -758,7 +755,7 @@ def test_model_dir_without_room(tmp_path):
     ('--no_such_flag', "Unknown command line flag 'no_such_flag'"),
     ('stray', "unknown argument 'stray'"),
 ])
-def test_bad_command_line_exits_with_one_line(argument, message):
+def test_bad_command_line_ends_the_script(argument, message):
   result = run_script(argument, '--eval_only')
   assert result.returncode == 1
   assert not result.stdout
