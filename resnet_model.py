@@ -69,7 +69,8 @@ class Conv2dFixedPadding(tf.Module):
   def __call__(self, inputs: tf.Tensor) -> tf.Tensor:
     if self._strides > 1:  # where SAME would depend on the input's size
       inputs = fixed_padding(inputs, self.kernel.shape[0], self._data_format)
-    return tf.nn.conv2d(inputs, self.kernel, self._strides,
+    return tf.nn.conv2d(inputs, tf.cast(self.kernel, inputs.dtype),
+                        self._strides,
                         'VALID' if self._strides > 1 else 'SAME',
                         self._data_format)
 
@@ -126,9 +127,11 @@ class BuildingBlock(tf.Module):
 class Cifar10ResnetV2(tf.Module):
   """The network of cifar10_resnet_v2_generator."""
 
-  def __init__(self, num_blocks: int, num_classes: int, data_format: str):
+  def __init__(self, num_blocks: int, num_classes: int, data_format: str,
+               dtype: tf.DType):
     super().__init__()
     self.data_format = data_format
+    self.dtype = dtype
     make = LayerFactory(data_format)
     channels = BLOCK_LAYERS[0][0]
     self.initial_conv = make.conv2d(NUM_CHANNELS, channels, 3, 1)
@@ -153,6 +156,7 @@ class Cifar10ResnetV2(tf.Module):
       training: True normalizes by the moments of the batch and updates the
         moving averages; False normalizes by the moving averages.
     """
+    inputs = tf.cast(inputs, self.dtype)
     channels_first = self.data_format == 'channels_first'
     if channels_first:
       inputs = tf.transpose(inputs, [0, 3, 1, 2])
@@ -160,6 +164,7 @@ class Cifar10ResnetV2(tf.Module):
     for block in self.blocks:  # [N, 32, 32, 16], [N, 16, 16, 32], [N, 8, 8, 64]
       inputs = block(inputs, training)
     inputs = self.final_batch_norm_relu(inputs, training)
+    inputs = tf.cast(inputs, tf.float32)
     inputs = tf.reduce_mean(inputs, [2, 3] if channels_first else [1, 2])
     return tf.matmul(inputs, self.kernel) + self.bias  # of [N, 64]
 
@@ -181,7 +186,8 @@ def is_resnet_size(size: int) -> bool:
 
 def cifar10_resnet_v2_generator(
     resnet_size: int, num_classes: int,
-    data_format: str | None = None) -> Cifar10ResnetV2:
+    data_format: str | None = None,
+    dtype: tf.DType = tf.float32) -> Cifar10ResnetV2:
   """Builds a pre-activation ResNet [2] with initial values.
 
   Args:
@@ -189,6 +195,8 @@ def cifar10_resnet_v2_generator(
     num_classes: Number of logits.
     data_format: 'channels_first', 'channels_last', or None for the faster one:
       'channels_first' on a GPU, 'channels_last' on a CPU.
+    dtype: Of the convolutions, float32, bfloat16 or float16. Variables, batch
+      norm's statistics, the mean over the image and the logits stay float32.
 
   Returns:
     The network: `network(inputs, training) -> logits`.
@@ -207,4 +215,5 @@ def cifar10_resnet_v2_generator(
   if data_format not in ('channels_first', 'channels_last'):
     raise ValueError("data_format must be 'channels_first' or 'channels_last', "
                      f'not {data_format!r}')
-  return Cifar10ResnetV2((resnet_size - 2) // 6, num_classes, data_format)
+  return Cifar10ResnetV2(
+      (resnet_size - 2) // 6, num_classes, data_format, dtype)

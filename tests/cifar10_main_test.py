@@ -27,7 +27,7 @@ NUMBER = r'-?\d+(?:\.\d+)?(?:e[+-]?\d+)?'
 def needs_xla(data_format):
   """Tells whether the device, a CPU, has no convolutions of its own for it."""
   try:
-    cifar10_main.check_data_format(data_format)
+    cifar10_main.check_device(data_format, 'fp32')
   except Cifar10Error:
     return True
   return False
