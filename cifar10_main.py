@@ -156,11 +156,13 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     Cifar10Error: A file is missing or damaged.
   """
   if use_synthetic_data:
-    records, source = synthetic_records(mode), 'memory'
+    parts, source = [synthetic_records(mode)], 'memory'
   else:
     files = filenames(mode, data_dir)
-    records = np.concatenate([cifar10.read_records(file) for file in files])
+    parts = [cifar10.read_records(file) for file in files]
     source = os.path.dirname(files[0])
+  with tf.device('CPU'):
+    records = tf.concat(parts, axis=0)
   logging.info('%s records to %s from %s', f'{len(records):,}',
                'train' if mode == 'train' else 'evaluate', source)
 
@@ -170,8 +172,6 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
       images, labels = train_preprocess_fn(images, labels)
     return tf.image.per_image_standardization(images), labels
 
-  with tf.device('CPU'):
-    records = tf.constant(records)
   dataset = record_dataset(records, mode, batch_size)
   dataset = dataset.map(preprocess, num_parallel_calls=PARALLEL_BATCHES)
   options = tf.data.Options()
