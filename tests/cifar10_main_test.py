@@ -33,9 +33,9 @@ def needs_xla(data_format):
   return False
 
 
-def make_state(resnet_size=8, data_format=None):
+def make_state(resnet_size=8, data_format=None, dtype=tf.float32):
   return cifar10_main.TrainState(resnet_model.cifar10_resnet_v2_generator(
-      resnet_size, 10, data_format))
+      resnet_size, 10, data_format, dtype))
 
 
 def numbered_records(count):
@@ -119,8 +119,8 @@ def difference(ours, theirs):
   return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
-def initial_state(golden, data_format):
-  state = make_state(data_format=data_format)
+def initial_state(golden, data_format, dtype=tf.float32):
+  state = make_state(data_format=data_format, dtype=dtype)
   for variable in state.network.variables:
     variable.assign(golden[f'init/{cifar10_main.tf1_name(variable)}'])
   state.global_step.assign(312490)
@@ -148,35 +148,65 @@ def test_training_has_the_originals_numbers(golden):
     assert difference(variable.numpy(), golden[f'final/{name}']) < 2e-2, name
 
 
-def test_channels_first_has_the_originals_numbers_too(golden):
-  """Compares each of the steps, taken from the variables of channels_last.
+def steps_side_by_side(golden, data_format, dtype, xla):
+  """Takes each golden step from the variables of channels_last in float32.
 
   Not a run of 20: an activation that is zero but for its rounding may fall on
   the other side of a ReLU, and the gradient jumps. Whether a run in another
   order of summation meets one of these in 20 steps is luck.
+
+  Yields:
+    The step's golden values and its own, the state, and the one it started from
+    after the same step.
   """
-  last = initial_state(golden, 'channels_last')
-  first = initial_state(golden, 'channels_first')
+  expected = initial_state(golden, 'channels_last')
+  state = initial_state(golden, data_format, dtype)
   schedule = cifar10_main.learning_rate_schedule(16)
 
-  def step_of(state):
+  def step_of(state, xla):
     return tf.function(
         functools.partial(cifar10_main.train_step, state, schedule),
-        jit_compile=state is first and needs_xla('channels_first'))
+        jit_compile=xla)
 
-  steps = [step_of(state) for state in (last, first)]
+  expected_step, step = step_of(expected, False), step_of(state, xla)
   for i, batch in enumerate(golden_dataset(golden, slice(20))):
-    for ours, theirs in zip(first.variables, last.variables):
+    for ours, theirs in zip(state.variables, expected.variables):
       ours.assign(theirs)
-    for step in steps:
-      values = step(*batch)
-      for name in ('loss', 'cross_entropy', 'learning_rate'):
-        np.testing.assert_allclose(
-            values[name], golden[f'train/{name}'][i], rtol=2e-6)
-    for ours, theirs in zip(first.network.variables, last.network.variables):
+    expected_step(*batch)
+    names = 'loss', 'cross_entropy', 'learning_rate'
+    yield ({name: golden[f'train/{name}'][i] for name in names}, step(*batch),
+           state, expected)
+
+
+@pytest.mark.parametrize(('data_format', 'xla'), [
+    ('channels_last', True), ('channels_first', False),
+    ('channels_first', True)])
+def test_each_step_has_the_originals_numbers(golden, data_format, xla):
+  xla = xla or needs_xla(data_format)
+  for expected_values, values, state, expected in steps_side_by_side(
+      golden, data_format, tf.float32, xla):
+    for name, value in expected_values.items():
+      np.testing.assert_allclose(values[name], value, rtol=2e-6)
+    for ours, theirs in zip(state.network.variables,
+                            expected.network.variables):
       assert difference(ours.numpy(), theirs.numpy()) < 2e-3, ours.name
-    for ours, theirs in zip(first.momentum, last.momentum):
+    for ours, theirs in zip(state.momentum, expected.momentum):
       assert difference(ours.numpy(), theirs.numpy()) < 2e-2, ours.name
+
+
+@pytest.mark.parametrize('xla', [False, True])
+@pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
+def test_each_step_has_about_the_same_numbers_in_16_bits(golden, dtype, xla):
+  for expected_values, values, state, expected in steps_side_by_side(
+      golden, None, cifar10_main.DTYPES[dtype], xla):
+    for name, value in expected_values.items():
+      assert values[name].dtype == tf.float32
+      np.testing.assert_allclose(values[name], value, rtol=1e-3)
+    ours, theirs = (
+        np.concatenate([np.ravel(v) for v in a_state.momentum])
+        for a_state in (state, expected))
+    assert 1e-4 < difference(ours, theirs) < 0.15
+  assert all(v.dtype == tf.float32 for v in state.network.variables)
 
 
 @pytest.mark.parametrize('data_format', ['channels_last', 'channels_first'])
@@ -328,6 +358,28 @@ def test_evaluation_sees_each_image_once_in_order(tmp_path):
 
 def record_numbers(batch):
   return batch[:, 1].numpy().astype(int) * 100 + batch[:, 2]
+
+
+def test_input_is_made_on_the_cpu_and_copied_to_the_gpu():
+  """A second CPU stands in for the GPU."""
+  result = subprocess.run([sys.executable, '-c', """
+import tensorflow as tf
+import cifar10_main
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices('CPU')[0],
+    [tf.config.LogicalDeviceConfiguration()] * 2)
+devices = tf.config.list_logical_devices('CPU')
+def batches():
+  return list(cifar10_main.input_fn('eval', None, 300, use_synthetic_data=True))
+expected = batches()
+tf.config.list_logical_devices = lambda device_type: devices[1:]
+for ours, theirs in zip(batches(), expected):
+  for tensor, other in zip(ours, theirs):
+    assert tensor.device.endswith('CPU:1') and other.device.endswith('CPU:0')
+    assert (tensor.numpy() == other.numpy()).all()
+  print(len(ours[0]))
+"""], capture_output=True, text=True, check=True, cwd=os.path.dirname(SCRIPT))
+  assert result.stdout.split() == ['300', '300', '300', '100']
 
 
 def test_training_order():
@@ -484,14 +536,28 @@ def test_train_accuracy_is_the_mean_over_logged_batches(log):
   assert accuracy == [('0.15625',), ('0.20703125',)]
 
 
-def test_inner_loop_is_traced_once(data_dir):
-  state = make_state()
-  inner_loop = cifar10_main.make_inner_loop(state, 10)
-  dataset = cifar10_main.input_fn('train', str(data_dir), 10)
-  for num_steps in (1, 2, 3):
-    inner_loop(iter(dataset), tf.constant(num_steps))
-  assert state.global_step.numpy() == 6
-  assert inner_loop.experimental_get_tracing_count() == 1
+@pytest.mark.parametrize('xla', ['on', 'off'])
+def test_each_step_is_traced_once(data_dir, tmp_path, monkeypatch, log, xla):
+  model_fn, traced = cifar10_main.model_fn, []
+
+  def spy(features, labels, mode, network):
+    traced.append(mode)
+    return model_fn(features, labels, mode, network)
+
+  monkeypatch.setattr(cifar10_main, 'model_fn', spy)
+  # Three cycles; the last one is shorter, as is the last batch to evaluate.
+  run(data_dir, tmp_path / 'model', train_steps=8, steps_per_eval=3, xla=xla)
+  assert matches(r'loss = .*, step = (\d+)', log) == [('1',), ('4',), ('7',)]
+  assert traced == ['train', 'eval']
+
+
+@pytest.mark.parametrize('xla', [False, True])
+def test_xla_compiles_the_step(data_dir, xla):
+  inner_loop = cifar10_main.make_inner_loop(make_state(), 10, xla)
+  iterator = iter(cifar10_main.input_fn('train', str(data_dir), 10))
+  function = inner_loop.get_concrete_function(iterator, tf.constant(1))
+  library = function.graph.as_graph_def().library.function
+  assert any(f.attr['_XlaMustCompile'].b for f in library) == xla
 
 
 def test_evaluation_averages(data_dir, capsys):
@@ -675,7 +741,8 @@ def run_main(*arguments):
     '--resnet_size=-4', '--resnet_size=x', '--train_steps=0',
     '--train_steps=-1', '--train_steps=1.5', '--steps_per_eval=0',
     '--steps_per_eval=x', '--batch_size=0', '--batch_size=-128',
-    '--batch_size=50001', '--data_format=NCHW', '--eval_only=maybe'])
+    '--batch_size=50001', '--data_format=NCHW', '--eval_only=maybe',
+    '--dtype=half', '--xla=maybe'])
 def test_flags_out_of_range(script_flags, flag):
   name = flag.partition('=')[0]
   message = run_main(flag)
@@ -710,6 +777,21 @@ def test_damaged_data(script_flags, data_dir, tmp_path, damage):
   message = run_main(f'--data_dir={data_dir}', f'--model_dir={tmp_path}/model')
   assert re.search(expected, message)
   assert len(message.splitlines()) == 1
+  assert not (tmp_path / 'model').exists()
+
+
+@pytest.mark.parametrize(
+    'flag', ['--data_format=channels_first', '--dtype=bf16'])
+def test_device_without_such_convolutions(
+    script_flags, data_dir, tmp_path, monkeypatch, flag):
+
+  def conv2d(*args, **kwargs):
+    raise tf.errors.UnimplementedError(None, None, 'not here')
+
+  monkeypatch.setattr(tf.nn, 'conv2d', conv2d)
+  message = run_main(
+      f'--data_dir={data_dir}', f'--model_dir={tmp_path}/model', flag)
+  assert message.endswith(f': {flag} does not run on this device: leave it out')
   assert not (tmp_path / 'model').exists()
 
 
