@@ -543,13 +543,13 @@ def train_and_evaluate(
     return
 
   make_writable(model_dir)
-  log_run(network, resnet_size, step, train_steps, batch_size)
+  if xla == 'auto':
+    xla = 'on' if tf.config.list_logical_devices('GPU') else 'off'
+  log_run(network, resnet_size, xla, step, train_steps, batch_size)
   train_writer = tf.summary.create_file_writer(model_dir)
   eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
   hooks = [log_values, functools.partial(write_summaries, train_writer),
            checkpoints.save_if_due]
-  if xla == 'auto':
-    xla = 'on' if tf.config.list_logical_devices('GPU') else 'off'
   inner_loop = make_inner_loop(state, batch_size, xla == 'on')
   if path is None:
     checkpoints.save()
@@ -595,7 +595,7 @@ def make_writable(model_dir: str) -> None:
                        'another --model_dir') from None
 
 
-def log_run(network: resnet_model.Cifar10ResnetV2, resnet_size: int,
+def log_run(network: resnet_model.Cifar10ResnetV2, resnet_size: int, xla: str,
             step: int, train_steps: int, batch_size: int) -> None:
   """Logs what the run will use and do."""
   device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
@@ -603,8 +603,9 @@ def log_run(network: resnet_model.Cifar10ResnetV2, resnet_size: int,
     details = tf.config.experimental.get_device_details(gpu)
     device = details.get('device_name', 'GPU')
   parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
-  logging.info('ResNet-%d, %s parameters, %s, on %s', resnet_size,
-               f'{parameters:,}', network.data_format, device)
+  logging.info('ResNet-%d, %s parameters, %s, %s, XLA %s, on %s', resnet_size,
+               f'{parameters:,}', network.data_format, network.dtype.name, xla,
+               device)
 
   if step >= train_steps:
     logging.info('All %d steps are trained already: only evaluating. A higher '
