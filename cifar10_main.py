@@ -94,19 +94,36 @@ def synthetic_records(mode: str) -> np.ndarray:
   return np.column_stack([labels, images]).astype(np.uint8)
 
 
-def record_dataset(records: tf.Tensor, mode: str,
-                   batch_size: int) -> tf.data.Dataset:
-  """Batches records, uint8 [N, 3073]: shuffled without end for 'train'.
+def record_dataset(records: tf.Tensor, mode: str, batch_size: int,
+                   seed: int = 0, step: int = 0,
+                   steps_per_eval: int = 1) -> tf.data.Dataset:
+  """Batches records, uint8 [N, 3073], each with its number, int64 [].
 
-  For other modes once and in order; the last batch holds the rest.
+  To train: shuffled without end, in each cycle of `steps_per_eval` batches
+  anew, by `seed`; begins with batch number `step`. For other modes once and in
+  order; the last batch holds the rest.
   """
+  # Dataset.shuffle mixes the global seed with its own: always the same one. Not
+  # 0, with which it fails.
+  tf.random.set_seed(1)
   # Shuffles numbers instead of records, which then move once, as a batch.
-  dataset = tf.data.Dataset.range(len(records))
+  numbers = tf.data.Dataset.range(len(records))
+
+  def batches_of(cycle):
+    cycle_seed = tf.random.stateless_uniform(
+        [], [seed, cycle], None, None, tf.int64)
+    shuffled = numbers.repeat().shuffle(
+        SHUFFLE_RECORDS + 3 * batch_size, cycle_seed, False)
+    return shuffled.batch(batch_size, drop_remainder=True).take(steps_per_eval)
+
   if mode == 'train':
-    dataset = dataset.repeat().shuffle(SHUFFLE_RECORDS + 3 * batch_size)
-  dataset = dataset.batch(batch_size, drop_remainder=mode == 'train')
-  return dataset.map(lambda numbers: tf.gather(records, numbers),
-                     num_parallel_calls=PARALLEL_BATCHES)
+    cycles = tf.data.Dataset.range(step // steps_per_eval, tf.int64.max)
+    batches = cycles.flat_map(batches_of).skip(step % steps_per_eval)
+  else:
+    batches = numbers.batch(batch_size)
+  return batches.enumerate(step).map(
+      lambda number, batch: (number, tf.gather(records, batch)),
+      num_parallel_calls=PARALLEL_BATCHES)
 
 
 def dataset_parser(records: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -120,35 +137,42 @@ def dataset_parser(records: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
   return tf.transpose(images, [0, 2, 3, 1]), tf.one_hot(labels, NUM_CLASSES)
 
 
-def train_preprocess_fn(images: tf.Tensor,
-                        labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def train_preprocess_fn(images: tf.Tensor, labels: tf.Tensor,
+                        seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
   """Pads each image, [N, 32, 32, 3], crops it at random, flips half of them.
 
   Comes before standardization, so that the padding is black, not mean grey.
+  The same seed, int64 [2], draws the same.
   """
-  num_images = tf.shape(images)[0]
   images = tf.pad(
       images, [[0, 0], [PADDING, PADDING], [PADDING, PADDING], [0, 0]])
-  top, left = tf.unstack(
-      tf.random.uniform([2, num_images, 1], 0, 2 * PADDING + 1, tf.int32))
-  flip = tf.random.uniform([num_images, 1], 0, 2, tf.int32) == 1
+  corners = 2 * PADDING + 1  # in each direction
+  view = tf.random.stateless_uniform(
+      [tf.shape(images)[0], 1], seed, 0, corners * corners * 2, tf.int32)
+  top, left, flip = view // 2 // corners, view // 2 % corners, view % 2
   rows = top + tf.range(HEIGHT)  # [N, 32]
   columns = left + tf.where(
-      flip, tf.range(WIDTH - 1, -1, -1), tf.range(WIDTH))  # [N, 32]
+      flip == 1, tf.range(WIDTH - 1, -1, -1), tf.range(WIDTH))  # [N, 32]
   images = tf.gather(images, rows, axis=1, batch_dims=1)  # [N, 32, 40, 3]
   return tf.gather(images, columns, axis=2, batch_dims=1), labels
 
 
 def input_fn(mode: str, data_dir: str | None, batch_size: int,
-             use_synthetic_data: bool = False) -> tf.data.Dataset:
+             use_synthetic_data: bool = False, seed: int = 0, step: int = 0,
+             steps_per_eval: int = 1) -> tf.data.Dataset:
   """Reads and checks all records of a mode, and returns them as batches.
 
   Args:
-    mode: 'train': augmented images, shuffled anew for each iteration, without
-      end; 'eval' or 'infer': the test images, in order.
+    mode: 'train': augmented images, shuffled, without end; 'eval' or 'infer':
+      the test images, in order.
     data_dir: Folder that holds cifar-10-batches-bin/, or that one itself.
     batch_size: Images per batch.
     use_synthetic_data: Whether to make the records up instead.
+    seed: Of shuffle and augmentation, to train. The same seed and step give the
+      same batch, wherever the training begins.
+    step: How many steps are trained already: batches that are left out.
+    steps_per_eval: Batches of a cycle. Each cycle shuffles all records anew, as
+      the original's input did, which was started for each.
 
   Returns:
     Dataset of standardized images, float32 [N, 32, 32, 3], and one-hot labels,
@@ -168,13 +192,14 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
   logging.info('%s records to %s from %s', f'{len(records):,}',
                'train' if mode == 'train' else 'evaluate', source)
 
-  def preprocess(records):
+  def preprocess(number, records):
     images, labels = dataset_parser(records)
     if mode == 'train':
-      images, labels = train_preprocess_fn(images, labels)
+      images, labels = train_preprocess_fn(images, labels, [seed, number])
     return tf.image.per_image_standardization(images), labels
 
-  dataset = record_dataset(records, mode, batch_size)
+  dataset = record_dataset(
+      records, mode, batch_size, seed, step, steps_per_eval)
   dataset = dataset.map(preprocess, num_parallel_calls=PARALLEL_BATCHES)
   options = tf.data.Options()
   # Rewriting the pipeline would copy the records and gain nothing. Tuning it
@@ -232,15 +257,20 @@ def learning_rate_schedule(
 
 
 class TrainState(tf.Module):
-  """The network, its momentum and global_step: all that a checkpoint holds."""
+  """All that a checkpoint holds."""
 
-  def __init__(self, network: resnet_model.Cifar10ResnetV2):
+  def __init__(self, network: resnet_model.Cifar10ResnetV2, seed: int = 0):
     super().__init__()
     self.network = network
     self.momentum = [
         tf.Variable(tf.zeros_like(v), False, name=f'{tf1_name(v)}/Momentum')
         for v in network.trainable_variables]
     self.global_step = tf.Variable(0, False, name='global_step', dtype=tf.int64)
+    # Not in the original's checkpoints: what draws the batches, and of the
+    # batches logged in this cycle the images that were right, and all.
+    self.seed = tf.Variable(seed, False, name='seed', dtype=tf.int64)
+    self.train_accuracy = tf.Variable(
+        [0, 0], False, name='train_accuracy', dtype=tf.int64)
 
 
 def tf1_name(variable: tf.Variable) -> str:
@@ -258,8 +288,8 @@ class Checkpoints:
   def __init__(self, model_dir: str, state: TrainState):
     self._model_dir = model_dir
     self._prefix = os.path.join(model_dir, 'model.ckpt')
-    self._variables = {tf1_name(v): v for v in (
-        *state.network.variables, *state.momentum, state.global_step)}
+    self._variables = {tf1_name(v): v for v in state.variables}
+    self._not_in_2017 = tf1_name(state.seed), tf1_name(state.train_accuracy)
     # It deletes only what it wrote itself: files of 2017 stay, and those that
     # a `checkpoint` file copied from another folder may name.
     self._manager = tf.train.CheckpointManager(
@@ -293,6 +323,8 @@ class Checkpoints:
       raise Cifar10Error(
           f'{path} is damaged ({reason(error)}): move it away to go on '
           'from the one before, or name another --model_dir') from None
+    for name in self._not_in_2017:
+      values.setdefault(name, self._variables[name].numpy())
     for name, variable in self._variables.items():
       if name not in values or values[name].shape != variable.shape:
         there = list(values[name].shape) if name in values else 'missing'
@@ -406,17 +438,22 @@ def make_inner_loop(state: TrainState, batch_size: int,
   return inner_loop
 
 
-def train(inner_loop: Callable, iterator: Iterator, step: int, last_step: int,
-          batch_size: int, hooks: list[Callable]) -> None:
-  """Trains one cycle, from the step after `step` up to `last_step`.
+def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
+          cycle_start: int, last_step: int, batch_size: int,
+          hooks: list[Callable]) -> None:
+  """Trains up to `last_step` in the cycle that begins after `cycle_start`.
 
   Calls each `hook(step, values)` at the first step of the cycle and every 100
   steps from there. Raises Cifar10Error when the loss is not finite any more.
   """
-  first_step = step + 1
-  correct = seen = 0
+  step = state.global_step.numpy().item()
+  if step == cycle_start:  # as in the original, anew in each cycle
+    state.train_accuracy.assign([0, 0])
+  first_step = cycle_start + 1
   looked_at = None
   for look in (*range(first_step, last_step, LOG_STEPS), last_step):
+    if look <= step:  # before the checkpoint from which the run goes on
+      continue
     # A tensor, since each Python number would be traced anew.
     values = inner_loop(iterator, tf.constant(look - step))
     values = {name: value.numpy() for name, value in values.items()}  # waits
@@ -425,8 +462,8 @@ def train(inner_loop: Callable, iterator: Iterator, step: int, last_step: int,
     step = look
     if (step - first_step) % LOG_STEPS == 0:
       # As in the original, the mean over the logged batches of this cycle.
-      correct += values['correct']
-      seen += batch_size
+      correct, seen = state.train_accuracy.assign_add(
+          [values['correct'], batch_size]).numpy()
       values['train_accuracy'] = np.float32(correct / seen)
       now = time.perf_counter()
       if looked_at is not None:
@@ -511,8 +548,8 @@ def shortest(value: tf.Tensor) -> float:
 def train_and_evaluate(
     data_dir: str | None, model_dir: str, resnet_size: int, train_steps: int,
     steps_per_eval: int, batch_size: int, data_format: str | None = None,
-    dtype: str = 'fp32', xla: str = 'auto', use_synthetic_data: bool = False,
-    eval_only: bool = False) -> None:
+    dtype: str = 'fp32', xla: str = 'auto', seed: int | None = None,
+    use_synthetic_data: bool = False, eval_only: bool = False) -> None:
   """Trains and evaluates in turn, up to `train_steps` in all.
 
   Goes on from the newest checkpoint in `model_dir`. The arguments are the flags
@@ -523,13 +560,15 @@ def train_and_evaluate(
       the loss is not finite any more.
   """
   check_device(data_format, dtype)
-  if not eval_only:
-    train_data = input_fn('train', data_dir, batch_size, use_synthetic_data)
   eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
+  new_seed = seed
+  if seed is None:
+    new_seed = np.random.SeedSequence().generate_state(1).item()
+  tf.keras.utils.set_random_seed(new_seed)  # of the initial values
   network = resnet_model.cifar10_resnet_v2_generator(
       resnet_size, NUM_CLASSES, data_format, DTYPES[dtype])
   eval_step = make_eval_step(network, eval_data)
-  state = TrainState(network)
+  state = TrainState(network, new_seed)
   checkpoints = Checkpoints(model_dir, state)
   path = checkpoints.newest()
   if path is not None:
@@ -542,10 +581,16 @@ def train_and_evaluate(
     evaluate(eval_step, eval_data, path, step)
     return
 
+  run_seed = state.seed.numpy().item()
+  if seed not in (None, run_seed):
+    raise Cifar10Error(f'{model_dir} was trained with --seed={run_seed}, not '
+                       f'{seed}: leave it out, or name another --model_dir')
+  train_data = input_fn('train', data_dir, batch_size, use_synthetic_data,
+                        run_seed, step, steps_per_eval)
   make_writable(model_dir)
   if xla == 'auto':
     xla = 'on' if tf.config.list_logical_devices('GPU') else 'off'
-  log_run(network, resnet_size, xla, step, train_steps, batch_size)
+  log_run(state, resnet_size, xla, train_steps, batch_size)
   train_writer = tf.summary.create_file_writer(model_dir)
   eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
   hooks = [log_values, functools.partial(write_summaries, train_writer),
@@ -553,13 +598,14 @@ def train_and_evaluate(
   inner_loop = make_inner_loop(state, batch_size, xla == 'on')
   if path is None:
     checkpoints.save()
+  iterator = iter(train_data)
   while True:
     if step < train_steps:
       # Cycles end at multiples of steps_per_eval, after an interruption too.
-      last_step = step + steps_per_eval - step % steps_per_eval
-      last_step = min(last_step, train_steps)
-      # A fresh input and train_accuracy in each cycle, as in the original.
-      train(inner_loop, iter(train_data), step, last_step, batch_size, hooks)
+      cycle_start = step - step % steps_per_eval
+      last_step = min(cycle_start + steps_per_eval, train_steps)
+      train(inner_loop, iterator, state, cycle_start, last_step, batch_size,
+            hooks)
       path, step = checkpoints.save(), last_step
     results = evaluate(eval_step, eval_data, path, step)
     with eval_writer.as_default(step):
@@ -595,18 +641,20 @@ def make_writable(model_dir: str) -> None:
                        'another --model_dir') from None
 
 
-def log_run(network: resnet_model.Cifar10ResnetV2, resnet_size: int, xla: str,
-            step: int, train_steps: int, batch_size: int) -> None:
+def log_run(state: TrainState, resnet_size: int, xla: str, train_steps: int,
+            batch_size: int) -> None:
   """Logs what the run will use and do."""
   device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
   for gpu in tf.config.list_physical_devices('GPU')[:1]:
     details = tf.config.experimental.get_device_details(gpu)
     device = details.get('device_name', 'GPU')
+  network = state.network
   parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
-  logging.info('ResNet-%d, %s parameters, %s, %s, XLA %s, on %s', resnet_size,
-               f'{parameters:,}', network.data_format, network.dtype.name, xla,
-               device)
+  logging.info('ResNet-%d, %s parameters, %s, %s, XLA %s, on %s, seed %d',
+               resnet_size, f'{parameters:,}', network.data_format,
+               network.dtype.name, xla, device, state.seed.numpy())
 
+  step = state.global_step.numpy()
   if step >= train_steps:
     logging.info('All %d steps are trained already: only evaluating. A higher '
                  '--train_steps would train on', train_steps)
@@ -649,6 +697,11 @@ def define_flags() -> None:
   flags.DEFINE_enum(
       'xla', 'auto', ['auto', 'on', 'off'],
       'Compile the training step by XLA. auto: on a GPU, not on a CPU.')
+  flags.DEFINE_integer(
+      'seed', None,
+      'Draws the initial values and the batches. A run with a seed can be '
+      'repeated exactly; without one it draws one and logs it.',
+      lower_bound=0, upper_bound=2**32 - 1)
   flags.DEFINE_bool(
       'use_synthetic_data', False,
       'Train and evaluate on made-up images: needs no data and no network.')
@@ -664,6 +717,8 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   if values['verbosity'].using_default_value:
     logging.set_verbosity(logging.INFO)
+  if values.seed is not None:
+    tf.config.experimental.enable_op_determinism()
   model_dir = values.model_dir
   if values.use_synthetic_data and values['model_dir'].using_default_value:
     # Real training must not go on from weights that learned made-up images.
@@ -674,8 +729,8 @@ def main(argv: list[str]) -> None:
     train_and_evaluate(
         values.data_dir, os.path.normpath(model_dir), values.resnet_size,
         values.train_steps, values.steps_per_eval, values.batch_size,
-        values.data_format, values.dtype, values.xla, values.use_synthetic_data,
-        values.eval_only)
+        values.data_format, values.dtype, values.xla, values.seed,
+        values.use_synthetic_data, values.eval_only)
   except Cifar10Error as error:
     sys.exit(f'{os.path.basename(sys.argv[0])}: {error}')
 

@@ -1,6 +1,7 @@
 """Tests of the input, the model, the loop and the command line."""
 
 import functools
+import itertools
 import os
 import re
 import resource
@@ -214,7 +215,8 @@ def test_evaluation_of_the_originals_checkpoint(golden, data_format):
   state = make_state(data_format=data_format)
   checkpoints = cifar10_main.Checkpoints('unused', state)
   checkpoints.restore(GOLDEN + '.ckpt')
-  for variable in state.variables:
+  for variable in (*state.network.variables, *state.momentum,
+                   state.global_step):
     name = cifar10_main.tf1_name(variable)
     np.testing.assert_array_equal(variable.numpy(), golden[f'final/{name}'])
 
@@ -246,7 +248,7 @@ def test_goes_on_from_a_model_folder_of_2017(data_dir, tmp_path, log, golden):
   model_dir = tmp_path / 'model'
   place_originals_checkpoint(model_dir)
   before = contents(model_dir)
-  run(data_dir, model_dir, train_steps=312512, batch_size=16)
+  run(data_dir, model_dir, train_steps=312512, steps_per_eval=5, batch_size=16)
   assert any('step = 312511' in line for line in log)
   after = contents(model_dir)
   assert before.items() - after.items() == {
@@ -309,7 +311,7 @@ def draw_views(num_images):
   numbers = np.arange(32 * 32, dtype=np.float32).reshape(1, 32, 32, 1)
   image = np.repeat(numbers, 3, axis=3) + 1
   images, _ = tf.function(cifar10_main.train_preprocess_fn)(
-      np.repeat(image, num_images, axis=0), np.zeros(num_images))
+      np.repeat(image, num_images, axis=0), np.zeros(num_images), [3, 4])
   # Pixel [15, 15] is never of the border, and its right neighbour tells of the
   # flip.
   middle, right = images[:, 15, 15, 0].numpy() - 1, images[:, 15, 16, 0] - 1
@@ -356,53 +358,64 @@ def test_evaluation_sees_each_image_once_in_order(tmp_path):
         [number // 100, number % 100], atol=1e-2)
 
 
-def record_numbers(batch):
-  return batch[:, 1].numpy().astype(int) * 100 + batch[:, 2]
-
-
-def test_input_is_made_on_the_cpu_and_copied_to_the_gpu():
-  """A second CPU stands in for the GPU."""
-  result = subprocess.run([sys.executable, '-c', """
-import tensorflow as tf
-import cifar10_main
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices('CPU')[0],
-    [tf.config.LogicalDeviceConfiguration()] * 2)
-devices = tf.config.list_logical_devices('CPU')
-def batches():
-  return list(cifar10_main.input_fn('eval', None, 300, use_synthetic_data=True))
-expected = batches()
-tf.config.list_logical_devices = lambda device_type: devices[1:]
-for ours, theirs in zip(batches(), expected):
-  for tensor, other in zip(ours, theirs):
-    assert tensor.device.endswith('CPU:1') and other.device.endswith('CPU:0')
-    assert (tensor.numpy() == other.numpy()).all()
-  print(len(ours[0]))
-"""], capture_output=True, text=True, check=True, cwd=os.path.dirname(SCRIPT))
-  assert result.stdout.split() == ['300', '300', '300', '100']
+def record_numbers(dataset, count):
+  """Returns the numbers of the records in the next batches, [count, N]."""
+  steps, batches = zip(*dataset.take(count))
+  assert [int(step) for step in steps] == list(
+      range(int(steps[0]), int(steps[0]) + count))
+  return np.array([batch[:, 1].numpy().astype(int) * 100 + batch[:, 2]
+                   for batch in batches])
 
 
 def test_training_order():
   records = tf.constant(numbered_records(200))
-  dataset = cifar10_main.record_dataset(records, 'train', 40)
-  first = [record_numbers(batch) for batch in dataset.take(10)]
-  second = [record_numbers(batch) for batch in dataset.take(10)]
-  assert not np.array_equal(first, second)  # each cycle draws its own
-  assert len({*np.ravel(first)}) > 150
-  assert not np.array_equal(np.ravel(first), np.arange(400) % 200)
-  # It goes on beyond the 200.
-  assert len(list(dataset.take(100))) == 100
+  dataset = cifar10_main.record_dataset(
+      records, 'train', 40, seed=1, steps_per_eval=100)
+  first, second, third = np.split(record_numbers(dataset, 300), 3)
+  # Each cycle goes on beyond the 200, and draws its own.
+  assert len({*np.ravel(first[:10])}) > 150
+  assert not np.array_equal(np.ravel(first[:10]), np.arange(400) % 200)
+  assert not np.array_equal(first, second)
+  assert not np.array_equal(second, third)
+
+  # A seed draws the same again, from any step on; another one draws another.
+  for step in (0, 1, 99, 100, 250):
+    tf.random.set_seed(step)  # has no say
+    again = cifar10_main.record_dataset(
+        records, 'train', 40, seed=1, step=step, steps_per_eval=100)
+    np.testing.assert_array_equal(
+        record_numbers(again, 300 - step),
+        np.concatenate([first, second, third])[step:])
+  other = cifar10_main.record_dataset(
+      records, 'train', 40, seed=2, steps_per_eval=100)
+  assert not np.array_equal(record_numbers(other, 100), first)
 
 
 def test_shuffle_buffer_is_the_originals(monkeypatch):
   monkeypatch.setattr(cifar10_main, 'SHUFFLE_RECORDS', 10)
   records = tf.constant(numbered_records(1000))
-  dataset = cifar10_main.record_dataset(records, 'train', 5)
-  batches = [record_numbers(batch) for batch in dataset.take(100)]
+  dataset = cifar10_main.record_dataset(
+      records, 'train', 5, steps_per_eval=100)
   # A buffer of 10 + 3 * 5: the n-th draw is one of the first n + 25 records.
-  ahead = np.ravel(batches) - np.arange(500)
+  ahead = np.ravel(record_numbers(dataset, 100)) - np.arange(500)
   assert ahead.max() == 24
   assert int(50000 * 0.4) + 3 * 128 == 20384
+
+
+def test_augmentation_is_drawn_by_seed_and_step(data_dir):
+  """Also where the batches hold the same images."""
+
+  def batches(seed, step=0):
+    dataset = cifar10_main.input_fn(
+        'train', str(data_dir), 50, seed=seed, step=step, steps_per_eval=2)
+    return [np.sort(features.numpy(), axis=0)
+            for features, _ in dataset.take(4 - step)]
+
+  ours = batches(7)
+  for first, second in itertools.combinations([*ours, *batches(8)], 2):
+    assert not np.array_equal(first, second)
+  np.testing.assert_array_equal(batches(7), ours)
+  np.testing.assert_array_equal(batches(7, step=1), ours[1:])
 
 
 def test_data_dir_may_be_the_folder_itself(data_dir):
@@ -529,11 +542,14 @@ def test_train_accuracy_is_the_mean_over_logged_batches(log):
               'loss': 2.0, 'cross_entropy': 1.0, 'learning_rate': 0.1}
     return {name: tf.constant(value) for name, value in values.items()}
 
-  cifar10_main.train(
-      inner_loop, None, 0, 200, 128, [cifar10_main.log_values])
-  assert step == 200
+  state = make_state()
+  for start in (0, 200):
+    state.global_step.assign(start)
+    cifar10_main.train(inner_loop, None, state, start, start + 200, 128,
+                       [cifar10_main.log_values])
+  assert step == 400
   accuracy = matches(r'.*train_accuracy = ([\d.]+).*', log)
-  assert accuracy == [('0.15625',), ('0.20703125',)]
+  assert accuracy == [('0.15625',), ('0.20703125',), ('1.0',), ('1.0',)]
 
 
 @pytest.mark.parametrize('xla', ['on', 'off'])
@@ -584,8 +600,7 @@ def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
   del log[:]
   run(data_dir, tmp_path / 'model', train_steps=8, steps_per_eval=4)
   # An interrupted cycle is finished first, the last one may be shorter.
-  assert [step for step, in matches(r'loss = .*, step = (\d+)', log)] == [
-      '4', '5']
+  assert [step for step, in matches(r'loss = .*, step = (\d+)', log)] == ['5']
   assert [step for step, in matches(r'Saving checkpoints for (\d+) .*', log)
           ] == ['4', '8']
   assert any('Training steps 4 to 8' in line for line in log)
@@ -616,16 +631,37 @@ def test_a_copied_folder_leaves_the_one_it_came_from_alone(data_dir, tmp_path):
   assert (copy / 'model.ckpt-7.index').exists()
 
 
-def test_each_cycle_starts_its_input_anew(data_dir, tmp_path, monkeypatch):
-  train, iterators = cifar10_main.train, []
+def test_resumed_run_is_exact(data_dir, tmp_path, log, capsys):
+  """An interruption changes no bit, log line or result. Nor does a seed go."""
 
-  def spy(inner_loop, iterator, *args):
-    iterators.append(iterator)
-    train(inner_loop, iterator, *args)
+  def lines():
+    found = [re.sub(r' \(.* sec\)', '', line) for line in log
+             if re.match('cross_entropy = |loss = ', line)]
+    del log[:]
+    return found, capsys.readouterr().out.splitlines()
 
-  monkeypatch.setattr(cifar10_main, 'train', spy)
-  run(data_dir, tmp_path / 'model', train_steps=6, steps_per_eval=2)
-  assert len({id(iterator) for iterator in iterators}) == 3
+  kwargs = {'train_steps': 230, 'steps_per_eval': 110}
+  run(data_dir, tmp_path / 'whole', seed=3, **kwargs)
+  whole_log, whole_results = lines()
+  run(data_dir, tmp_path / 'model', seed=3, **{**kwargs, 'train_steps': 103})
+  run(data_dir, tmp_path / 'model', **kwargs)
+  resumed_log, (stopped_at, *resumed_results) = lines()
+  assert "'global_step': 103" in stopped_at
+  assert resumed_results == whole_results
+  assert resumed_log == whole_log
+  assert len(whole_log) == 10
+  whole, resumed = (
+      tf.train.load_checkpoint(str(tmp_path / folder / 'model.ckpt-230'))
+      for folder in ('whole', 'model'))
+  for key in whole.get_variable_to_shape_map():
+    if 'save_counter' not in key and 'OBJECT_GRAPH' not in key:
+      np.testing.assert_array_equal(
+          resumed.get_tensor(key), whole.get_tensor(key))
+
+  with pytest.raises(Cifar10Error, match=r'trained with --seed=3, not 4'):
+    run(data_dir, tmp_path / 'model', seed=4, **kwargs)
+  run(data_dir, tmp_path / 'other', seed=4, **{**kwargs, 'train_steps': 1})
+  assert lines()[0] != whole_log[:2]
 
 
 def test_keeps_five_checkpoints(data_dir, tmp_path):
