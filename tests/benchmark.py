@@ -127,7 +127,7 @@ class Benchmark:
     network = resnet_model.cifar10_resnet_v2_generator(
         self._size, cifar10_main.NUM_CLASSES,
         dtype=cifar10_main.DTYPES[self._dtype])
-    state = cifar10_main.TrainState(network)
+    self._state = state = cifar10_main.TrainState(network)
     self.setting = (
         f'ResNet-{self._size}, batch {self._batch}, {self._dtype}, XLA '
         f'{self._xla}, {network.data_format}')
@@ -138,7 +138,9 @@ class Benchmark:
             cifar10_main.train_step, state,
             cifar10_main.learning_rate_schedule(self._batch)),
         jit_compile=self._xla == 'on')
-    self._eval_step = cifar10_main.make_eval_step(network, self._eval_data)
+    self._eval_loop = cifar10_main.make_eval_loop(network)
+    self._eval_step = tf.function(functools.partial(
+        cifar10_main.model_fn, mode='eval', network=network))
     self._one_batch = next(iter(self._train_data))
     self._keras_network = self._compiled_keras_network()
 
@@ -201,16 +203,17 @@ class Benchmark:
     hooks = [cifar10_main.log_values,
              functools.partial(cifar10_main.write_summaries, writer)]
     iterator = iter(self._train_data)
-    train = functools.partial(
-        cifar10_main.train, self._inner_loop, iterator,
-        batch_size=self._batch, hooks=hooks)
-    train(0, 1)
-    started = time.perf_counter()
-    train(1, 2)
-    steps = max(2, round(self._seconds / (time.perf_counter() - started)))
-    started = time.perf_counter()
-    train(0, steps)
-    seconds = time.perf_counter() - started
+
+    def seconds_for(num_steps):
+      started = time.perf_counter()
+      step = self._state.global_step.numpy().item()
+      cifar10_main.train(self._inner_loop, iterator, self._state, step,
+                         step + num_steps, self._batch, hooks)
+      return time.perf_counter() - started
+
+    seconds_for(1)
+    steps = max(2, round(self._seconds / seconds_for(1)))
+    seconds = seconds_for(steps)
     return {'training loop': steps * self._batch / seconds}
 
   def keras_fit(self) -> dict[str, float]:
@@ -229,7 +232,7 @@ class Benchmark:
     return {'Keras fit': (steps - 2) * self._batch / seconds}
 
   def bare_inference(self) -> dict[str, float]:
-    """The evaluation's step on one batch in memory."""
+    """The network and its loss on one batch in memory, without training."""
     step = functools.partial(self._eval_step, *self._one_batch)
     step()
     return {'bare inference': self._rate(lambda: step()['loss'])}
@@ -237,43 +240,47 @@ class Benchmark:
   def evaluation(self) -> dict[str, float]:
     """All 10,000 images, from the call of evaluate to its results."""
     started = time.perf_counter()
-    cifar10_main.evaluate(self._eval_step, self._eval_data, 'none', 0)
+    cifar10_main.evaluate(self._eval_loop, iter(self._eval_data), 'none', 0)
     return {'evaluation': 10000 / (time.perf_counter() - started)}
 
   def cycle_changes(self) -> dict[str, float]:
     """Two short cycles of a new run.
 
-    The changes last from the end of a cycle's last step to the end of the first
-    batch evaluated, tracing included, and from the end of the last one to the
-    end of the next step; the longest of each is returned.
+    The first change lasts from the end of a cycle's last step to the end of its
+    evaluation, less what an evaluation takes that is compiled already: so
+    saving, tracing and the first batch count. The second one lasts from there
+    to the end of the next step.
     """
-    times = []
+    calls = []  # what, start, end
 
-    def timed(name, make):
-      def wrapper(*args):
+    def timed(what, make):
+      def make_timed(*args):
         function = make(*args)
         def call(*args):
-          result = function(*args)
-          result['loss'].numpy()  # waits, on a GPU
-          times.append((name, time.perf_counter()))
-          return result
+          started = time.perf_counter()
+          result = tf.nest.map_structure(
+              lambda value: value.numpy(), function(*args))  # waits, on a GPU
+          calls.append((what, started, time.perf_counter()))
+          return tf.nest.map_structure(tf.constant, result)
         return call
-      return wrapper
+      return make_timed
 
     with tempfile.TemporaryDirectory() as model_dir, mock.patch.multiple(
         cifar10_main,
         make_inner_loop=timed('train', cifar10_main.make_inner_loop),
-        make_eval_step=timed('evaluate', cifar10_main.make_eval_step)):
+        make_eval_loop=timed('evaluate', cifar10_main.make_eval_loop)):
       cifar10_main.train_and_evaluate(
           self._folder, model_dir, self._size, 6, 3, self._batch,
           dtype=self._dtype, xla=self._xla)
-    changes = [(name, end - start) for (before, start), (name, end)
-               in itertools.pairwise(times) if name != before]
-    return {
-        'last step to first evaluation batch [s]': max(
-            seconds for name, seconds in changes if name == 'evaluate'),
-        'evaluation to next step [s]': max(
-            seconds for name, seconds in changes if name == 'train')}
+    to_evaluate, to_train = [], []
+    for (before, _, start), (what, _, end) in itertools.pairwise(calls):
+      if what != before:
+        (to_train if what == 'train' else to_evaluate).append(end - start)
+    evaluation = min(end - start for what, start, end in calls
+                     if what == 'evaluate')
+    return {'last step to first evaluation batch [s]':
+                max(to_evaluate) - evaluation,
+            'evaluation to next step [s]': max(to_train)}
 
   def start(self) -> dict[str, float]:
     """Processes that import TensorFlow, or run the script for two cycles.
