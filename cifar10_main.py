@@ -516,15 +516,14 @@ def make_eval_loop(network: resnet_model.Cifar10ResnetV2) -> Callable:
   @tf.function
   def eval_loop(iterator):
     loss, correct = 0.0, tf.constant(0, tf.int64)
-    images = batches = 0
+    images, batches = tf.constant(0, tf.int64), 0.0
     for features, labels in iterator:
       outputs = model_fn(features, labels, 'eval', network)
       loss += outputs['loss']
       correct += outputs['correct']
-      images += tf.shape(labels)[0]
+      images += tf.shape(labels, tf.int64)[0]
       batches += 1
-    return correct / tf.cast(images, tf.int64), loss / tf.cast(
-        batches, tf.float32)
+    return correct / images, loss / batches
 
   return eval_loop
 
@@ -568,7 +567,7 @@ def train_and_evaluate(
   check_device(data_format, dtype)
   eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
   new_seed = seed
-  if seed is None:
+  if seed is None:  # draws one
     new_seed = np.random.SeedSequence().generate_state(1).item()
   tf.keras.utils.set_random_seed(new_seed)  # of the initial values
   network = resnet_model.cifar10_resnet_v2_generator(
@@ -604,6 +603,8 @@ def train_and_evaluate(
   inner_loop = make_inner_loop(state, batch_size, xla == 'on')
   if path is None:
     checkpoints.save()
+  # One input for all cycles: the next one's first batches are ready when an
+  # evaluation ends.
   iterator = iter(train_data)
   while True:
     if step < train_steps:

@@ -45,13 +45,14 @@ RATIOS = {
 }
 
 
-def write_records(data_dir: str) -> None:
-  """Writes made-up records into files named and sized as CIFAR-10's."""
+def write_records(data_dir: str, num_records: int = 10000) -> None:
+  """Writes made-up records into files named, and by default sized, as CIFAR's.
+  """
   folder = os.path.join(data_dir, cifar10.FOLDER_NAME)
   os.makedirs(folder)
   records = np.tile(cifar10_main.synthetic_records('train'), (2, 1))
   for name in (*cifar10.TRAIN_FILES, cifar10.TEST_FILE):
-    records.tofile(os.path.join(folder, name))
+    records[:num_records].tofile(os.path.join(folder, name))
 
 
 def one_record_at_a_time(data_dir: str, batch_size: int) -> tf.data.Dataset:
@@ -244,43 +245,39 @@ class Benchmark:
     return {'evaluation': 10000 / (time.perf_counter() - started)}
 
   def cycle_changes(self) -> dict[str, float]:
-    """Two short cycles of a new run.
+    """Two short cycles of a new run that evaluates a single batch.
 
-    The first change lasts from the end of a cycle's last step to the end of its
-    evaluation, less what an evaluation takes that is compiled already: so
-    saving, tracing and the first batch count. The second one lasts from there
-    to the end of the next step.
+    Each change lasts from the end of the last step, or of the evaluation, to
+    the end of the first evaluation batch or step that follows: saving, tracing
+    and the first batch of the input count. The longest of its kind is returned.
     """
-    calls = []  # what, start, end
+    ends = []
 
     def timed(what, make):
       def make_timed(*args):
         function = make(*args)
         def call(*args):
-          started = time.perf_counter()
           result = tf.nest.map_structure(
               lambda value: value.numpy(), function(*args))  # waits, on a GPU
-          calls.append((what, started, time.perf_counter()))
+          ends.append((what, time.perf_counter()))
           return tf.nest.map_structure(tf.constant, result)
         return call
       return make_timed
 
-    with tempfile.TemporaryDirectory() as model_dir, mock.patch.multiple(
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(
         cifar10_main,
         make_inner_loop=timed('train', cifar10_main.make_inner_loop),
         make_eval_loop=timed('evaluate', cifar10_main.make_eval_loop)):
+      write_records(folder, self._batch)
       cifar10_main.train_and_evaluate(
-          self._folder, model_dir, self._size, 6, 3, self._batch,
+          folder, os.path.join(folder, 'model'), self._size, 6, 3, self._batch,
           dtype=self._dtype, xla=self._xla)
-    to_evaluate, to_train = [], []
-    for (before, _, start), (what, _, end) in itertools.pairwise(calls):
+    changes = {'train': [], 'evaluate': []}
+    for (before, start), (what, end) in itertools.pairwise(ends):
       if what != before:
-        (to_train if what == 'train' else to_evaluate).append(end - start)
-    evaluation = min(end - start for what, start, end in calls
-                     if what == 'evaluate')
-    return {'last step to first evaluation batch [s]':
-                max(to_evaluate) - evaluation,
-            'evaluation to next step [s]': max(to_train)}
+        changes[what].append(end - start)
+    return {'last step to first evaluation batch [s]': max(changes['evaluate']),
+            'evaluation to next step [s]': max(changes['train'])}
 
   def start(self) -> dict[str, float]:
     """Processes that import TensorFlow, or run the script for two cycles.
