@@ -414,17 +414,29 @@ def train_step(state: TrainState, schedule: Callable, features: tf.Tensor,
           'images': features[:NUM_SUMMARY_IMAGES]}
 
 
+def uses_xla(xla: str) -> bool:
+  """Tells what the flag --xla means on this device."""
+  if xla == 'auto':
+    return bool(tf.config.list_logical_devices('GPU'))
+  return xla == 'on'
+
+
+def make_train_step(state: TrainState, batch_size: int,
+                    xla: bool = False) -> Callable:
+  """Returns train_step as compiled `step(features, labels)`, by XLA or not."""
+  schedule = learning_rate_schedule(batch_size)
+  return tf.function(functools.partial(train_step, state, schedule),
+                     jit_compile=xla)
+
+
 def make_inner_loop(state: TrainState, batch_size: int,
                     xla: bool = False) -> Callable:
   """Returns the compiled `inner_loop(iterator, num_steps)`.
 
-  It trains, each step compiled by XLA or not, and returns the values of the
-  last step and, as `finite_steps`, int64 [], after how many steps the loss was
-  not finite any more.
+  It trains and returns the values of the last step and, as `finite_steps`,
+  int64 [], after how many steps the loss was not finite any more.
   """
-  step = tf.function(
-      functools.partial(train_step, state, learning_rate_schedule(batch_size)),
-      jit_compile=xla)
+  step = make_train_step(state, batch_size, xla)
   num_images = min(batch_size, NUM_SUMMARY_IMAGES)
 
   @tf.function
@@ -593,14 +605,12 @@ def train_and_evaluate(
   train_data = input_fn('train', data_dir, batch_size, use_synthetic_data,
                         run_seed, step, steps_per_eval)
   make_writable(model_dir)
-  if xla == 'auto':
-    xla = 'on' if tf.config.list_logical_devices('GPU') else 'off'
   log_run(state, resnet_size, xla, train_steps, batch_size)
   train_writer = tf.summary.create_file_writer(model_dir)
   eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
   hooks = [log_values, functools.partial(write_summaries, train_writer),
            checkpoints.save_if_due]
-  inner_loop = make_inner_loop(state, batch_size, xla == 'on')
+  inner_loop = make_inner_loop(state, batch_size, uses_xla(xla))
   if path is None:
     checkpoints.save()
   # One input for all cycles: the next one's first batches are ready when an
@@ -659,7 +669,8 @@ def log_run(state: TrainState, resnet_size: int, xla: str, train_steps: int,
   parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
   logging.info('ResNet-%d, %s parameters, %s, %s, XLA %s, on %s, seed %d',
                resnet_size, f'{parameters:,}', network.data_format,
-               network.dtype.name, xla, device, state.seed.numpy())
+               network.dtype.name, 'on' if uses_xla(xla) else 'off', device,
+               state.seed.numpy())
 
   step = state.global_step.numpy()
   if step >= train_steps:

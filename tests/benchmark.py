@@ -46,8 +46,7 @@ RATIOS = {
 
 
 def write_records(data_dir: str, num_records: int = 10000) -> None:
-  """Writes made-up records into files named, and by default sized, as CIFAR's.
-  """
+  """Writes made-up records into files named, and sized, as CIFAR-10's."""
   folder = os.path.join(data_dir, cifar10.FOLDER_NAME)
   os.makedirs(folder)
   records = np.tile(cifar10_main.synthetic_records('train'), (2, 1))
@@ -117,10 +116,8 @@ class Benchmark:
   def __init__(self, values: flags.FlagValues, folder: str):
     self._size, self._batch = values.resnet_size, values.batch_size
     self._dtype, self._seconds = values.dtype, values.seconds
-    self._xla = values.xla
-    if self._xla == 'auto':
-      gpus = tf.config.list_logical_devices('GPU')
-      self._xla = 'on' if gpus else 'off'
+    self._xla_flag = values.xla
+    self._xla = cifar10_main.uses_xla(values.xla)
     self._folder = folder
     write_records(folder)
     self._train_data = cifar10_main.input_fn('train', folder, self._batch)
@@ -131,14 +128,10 @@ class Benchmark:
     self._state = state = cifar10_main.TrainState(network)
     self.setting = (
         f'ResNet-{self._size}, batch {self._batch}, {self._dtype}, XLA '
-        f'{self._xla}, {network.data_format}')
+        f'{"on" if self._xla else "off"}, {network.data_format}')
     self._inner_loop = cifar10_main.make_inner_loop(
-        state, self._batch, self._xla == 'on')
-    self._step = tf.function(
-        functools.partial(
-            cifar10_main.train_step, state,
-            cifar10_main.learning_rate_schedule(self._batch)),
-        jit_compile=self._xla == 'on')
+        state, self._batch, self._xla)
+    self._step = cifar10_main.make_train_step(state, self._batch, self._xla)
     self._eval_loop = cifar10_main.make_eval_loop(network)
     self._eval_step = tf.function(functools.partial(
         cifar10_main.model_fn, mode='eval', network=network))
@@ -157,7 +150,7 @@ class Benchmark:
             cifar10_main.MOMENTUM),
         keras.losses.CategoricalCrossentropy(from_logits=True),
         metrics=['accuracy'],
-        jit_compile=self._xla == 'on')
+        jit_compile=self._xla)
     return network
 
   def measures(self) -> list[Callable[[], dict[str, float]]]:
@@ -271,7 +264,7 @@ class Benchmark:
       write_records(folder, self._batch)
       cifar10_main.train_and_evaluate(
           folder, os.path.join(folder, 'model'), self._size, 6, 3, self._batch,
-          dtype=self._dtype, xla=self._xla)
+          dtype=self._dtype, xla=self._xla_flag)
     changes = {'train': [], 'evaluate': []}
     for (before, start), (what, end) in itertools.pairwise(ends):
       if what != before:
@@ -294,7 +287,7 @@ class Benchmark:
           [sys.executable, cifar10_main.__file__,
            f'--data_dir={self._folder}', f'--model_dir={model_dir}',
            f'--resnet_size={self._size}', f'--batch_size={self._batch}',
-           f'--dtype={self._dtype}', f'--xla={self._xla}',
+           f'--dtype={self._dtype}', f'--xla={self._xla_flag}',
            '--train_steps=6', '--steps_per_eval=3'],
           ', step = 1\n', "'global_step': 6")
     return {'import tensorflow [s]': imported,

@@ -1,6 +1,5 @@
 """Tests of the input, the model, the loop and the command line."""
 
-import functools
 import itertools
 import os
 import re
@@ -162,14 +161,8 @@ def steps_side_by_side(golden, data_format, dtype, xla):
   """
   expected = initial_state(golden, 'channels_last')
   state = initial_state(golden, data_format, dtype)
-  schedule = cifar10_main.learning_rate_schedule(16)
-
-  def step_of(state, xla):
-    return tf.function(
-        functools.partial(cifar10_main.train_step, state, schedule),
-        jit_compile=xla)
-
-  expected_step, step = step_of(expected, False), step_of(state, xla)
+  expected_step = cifar10_main.make_train_step(expected, 16)
+  step = cifar10_main.make_train_step(state, 16, xla)
   for i, batch in enumerate(golden_dataset(golden, slice(20))):
     for ours, theirs in zip(state.variables, expected.variables):
       ours.assign(theirs)
@@ -565,6 +558,7 @@ def test_each_step_is_traced_once(data_dir, tmp_path, monkeypatch, log, xla):
   run(data_dir, tmp_path / 'model', train_steps=8, steps_per_eval=3, xla=xla)
   assert matches(r'loss = .*, step = (\d+)', log) == [('1',), ('4',), ('7',)]
   assert traced == ['train', 'eval']
+  assert any(f'XLA {xla}' in line for line in log)
 
 
 @pytest.mark.parametrize('xla', [False, True])
@@ -631,7 +625,7 @@ def test_a_copied_folder_leaves_the_one_it_came_from_alone(data_dir, tmp_path):
 
 
 def test_resumed_run_is_exact(data_dir, tmp_path, log, capsys):
-  """An interruption changes no bit, log line or result. Nor does a seed go."""
+  """An interruption changes no bit, log line or result. The seed is kept."""
 
   def lines():
     found = [re.sub(r' \(.* sec\)', '', line) for line in log
