@@ -12,17 +12,25 @@ References:
       2009. https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+from collections.abc import Iterator
+import contextlib
 import gzip
 import hashlib
 import http.client
 import os
 import shutil
+import signal
 import sys
 import tarfile
-import tempfile
+import time
 import urllib.error
 import urllib.request
 import zlib
+
+try:
+  import fcntl
+except ImportError:  # on Windows, where runs are not kept apart
+  fcntl = None
 
 from absl import app, flags
 import numpy as np
@@ -48,11 +56,17 @@ RECORD_BYTES = 1 + 3 * 32 * 32
 RECORDS_PER_FILE = 10000
 
 TIMEOUT_SECONDS = 60  # without a byte from the server
+RETRY_SECONDS = (1, 2, 4, 8)  # before trying again, while nothing arrives
 CHUNK_BYTES = 1 << 20
+MAX_ARCHIVE_BYTES = 200_000_000  # the published one: 170 million, 184 unpacked
 
 
 class Cifar10Error(Exception):
   """What the user can mend. The message is one line that says how."""
+
+
+class UnfinishedError(ConnectionError):
+  """A download broke off; it may go on when tried again."""
 
 
 def read_records(filename: str) -> np.ndarray:
@@ -81,6 +95,32 @@ def read_records(filename: str) -> np.ndarray:
   return records
 
 
+@contextlib.contextmanager
+def sole_use(folder: str, wait: bool = False) -> Iterator[None]:
+  """Makes a folder and keeps other processes out until the block ends.
+
+  Or the process ends, in whatever way. Others that do not ask are not kept out.
+
+  Raises:
+    Cifar10Error: Another process has the folder, and `wait` is not set.
+    OSError: The folder cannot be written.
+  """
+  os.makedirs(folder, exist_ok=True)
+  with open(os.path.join(folder, '.lock'), 'a') as file:
+    try:
+      if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if not wait:
+        raise Cifar10Error(f'{folder} is in use by another run: wait for its '
+                           'end, or name another folder') from None
+      print(f'Waiting for another run that uses {folder}.', flush=True)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+      pass  # some network file systems have no locks
+    yield
+
+
 def download_and_extract(data_dir: str, data_url: str = DATA_URL,
                          skip_checksums: bool = False) -> None:
   """Fills `data_dir` as the docstring of this module says.
@@ -96,33 +136,38 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
     OSError: The folder cannot be written.
   """
   folder = os.path.join(data_dir, FOLDER_NAME)
-  to_extract = [name for name in FILE_SHA256
-                if not is_sound(os.path.join(folder, name), skip_checksums)]
-  if not to_extract:
+  if not unsound_files(folder, skip_checksums):
     print(f'{folder} is complete, nothing to do.')
     return
-  os.makedirs(data_dir, exist_ok=True)
-  archive = os.path.join(data_dir, ARCHIVE_NAME)
-  # Beside the final places, for renames, all or nothing, to end the work.
-  with tempfile.TemporaryDirectory(prefix='.partial-', dir=data_dir) as partial:
+  # Beside the final places, for renames, all or nothing, to end the work. Stays
+  # after a failure, for the next run to go on with the download.
+  partial = os.path.join(data_dir, '.partial')
+  with sole_use(partial, wait=True):
+    # Now, since another run may have been at work.
+    to_extract = unsound_files(folder, skip_checksums)
+    archive = os.path.join(data_dir, ARCHIVE_NAME)
+    source = archive
     if not is_right_archive(archive, skip_checksums):
-      fetched = os.path.join(partial, ARCHIVE_NAME)
-      download(data_url, fetched, archive)
-      if not is_right_archive(fetched, skip_checksums):
-        raise Cifar10Error(
-            f'{data_url} gave another archive than the published one, its '
-            'SHA-256 differs: try again, or see --skip_checksums')
-      os.replace(fetched, archive)
-    extract(archive, to_extract, partial)
+      source = os.path.join(partial, ARCHIVE_NAME)
+      fetch_archive(data_url, source, archive, skip_checksums)
+    extract(source, to_extract, partial)
     for name in to_extract:
       if not is_sound(os.path.join(partial, name), skip_checksums):
-        raise Cifar10Error(f'{archive} holds a damaged {name}: delete the '
+        raise Cifar10Error(f'{source} holds a damaged {name}: delete the '
                            'archive and run this again')
+    os.replace(source, archive)
     os.makedirs(folder, exist_ok=True)
     for name in to_extract:
       os.replace(os.path.join(partial, name), os.path.join(folder, name))
+    shutil.rmtree(partial, ignore_errors=True)
   print(f'{folder} is complete: {len(TRAIN_FILES) * RECORDS_PER_FILE:,} '
         f'training and {RECORDS_PER_FILE:,} evaluation records.')
+
+
+def unsound_files(folder: str, skip_checksums: bool) -> list[str]:
+  """Returns the names of the files that are missing or not whole."""
+  return [name for name in FILE_SHA256
+          if not is_sound(os.path.join(folder, name), skip_checksums)]
 
 
 def is_sound(filename: str, skip_checksums: bool) -> bool:
@@ -159,30 +204,92 @@ def is_right_archive(archive: str, skip_checksums: bool) -> bool:
   return digest.hexdigest() == ARCHIVE_SHA256
 
 
-def download(data_url: str, filename: str, archive: str) -> None:
-  """Fetches `data_url` into a file.
+def fetch_archive(data_url: str, filename: str, archive: str,
+                  skip_checksums: bool) -> None:
+  """Fetches the archive into a file, and verifies it where asked.
 
   Raises:
-    Cifar10Error: That failed. The message says that the user can place the file
-      as `archive` instead.
+    Cifar10Error: That failed. The message says that the user can place it as
+      `archive` instead.
   """
+  if skip_checksums and os.path.exists(filename):
+    os.remove(filename)  # perhaps of another archive: nothing would tell
   try:
-    with urllib.request.urlopen(data_url, timeout=TIMEOUT_SECONDS) as response:
-      total = int(response.headers.get('Content-Length', 0))
-      with open(filename, 'wb') as file:
-        while chunk := response.read(CHUNK_BYTES):
-          file.write(chunk)
-          show_progress(file.tell(), total)
-        size = file.tell()
-    if size < total:
-      raise http.client.IncompleteRead(b'', total - size)
-  except (urllib.error.URLError, http.client.HTTPException,
-          TimeoutError, ConnectionError) as error:
-    reason = getattr(error, 'reason', error)
+    download(data_url, filename)
+  except ConnectionError as error:
     raise Cifar10Error(
-        f'Cannot fetch {data_url} ({reason}): try again, or fetch it another '
+        f'Cannot fetch {data_url} ({error}): try again, or fetch it another '
         f'way, place it as {archive} and run this again') from None
-  print(f'Successfully downloaded {ARCHIVE_NAME} {size} bytes.')
+  if not is_right_archive(filename, skip_checksums):
+    os.remove(filename)
+    raise Cifar10Error(
+        f'{data_url} gave another archive than the published one, its '
+        'SHA-256 differs: try again, or see --skip_checksums')
+  print(f'Successfully downloaded {ARCHIVE_NAME} '
+        f'{os.path.getsize(filename)} bytes.')
+
+
+def download(data_url: str, filename: str) -> None:
+  """Fetches `data_url` into a file, or the rest of it behind what is there.
+
+  Raises:
+    ConnectionError: It cannot be had, even by trying again where that may help.
+    Cifar10Error: It is too large.
+  """
+  with open(filename, 'ab') as file:
+    largest, waits = file.tell(), list(RETRY_SECONDS)
+    while True:
+      try:
+        for place, data, total in receive(data_url, file.tell()):
+          if max(total, place + len(data)) > MAX_ARCHIVE_BYTES:
+            file.truncate(file.seek(0))
+            raise Cifar10Error(
+                f'{data_url} gives over {MAX_ARCHIVE_BYTES:,} bytes, more than '
+                'any archive of CIFAR-10: name another --data_url')
+          file.truncate(file.seek(place))
+          file.write(data)
+          show_progress(place + len(data), total)
+        return
+      except UnfinishedError as error:
+        file.flush()
+        if file.tell() > largest:  # then it is worth as many attempts again
+          largest, waits = file.tell(), list(RETRY_SECONDS)
+        if not waits:
+          raise
+        print(f'{error}: trying again in {waits[0]} s', flush=True)
+        time.sleep(waits.pop(0))
+
+
+def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
+  """Yields what is at an address in pieces: their places, bytes, and the total.
+
+  Begins at place `size` if the server can, else at 0. The total is 0 if it is
+  not known.
+  """
+  wanted = {'Range': f'bytes={size}-'} if size else {}
+  request = urllib.request.Request(data_url, headers=wanted)
+  try:
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+      place = size if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
+      length = response.headers.get('Content-Length', '')
+      total = place + int(length) if length.isdecimal() else 0
+      while data := response.read(CHUNK_BYTES):
+        yield place, data, total
+        place += len(data)
+    if place < max(total, 1):
+      raise UnfinishedError(f'only {place:,} of {total:,} bytes came')
+  except urllib.error.HTTPError as error:
+    if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and size:
+      yield from receive(data_url, 0)  # what is here is not a part of it
+    elif error.code >= 500 or error.code in (408, 429):
+      raise UnfinishedError(error) from None
+    else:
+      raise ConnectionError(error) from None
+  except (ValueError, http.client.InvalidURL) as error:
+    raise ConnectionError(error) from None
+  except (OSError, http.client.HTTPException) as error:
+    kind = ConnectionError if data_url.startswith('file:') else UnfinishedError
+    raise kind(getattr(error, 'reason', error)) from None
 
 
 def show_progress(size: int, total: int) -> None:
@@ -203,17 +310,22 @@ def extract(archive: str, names: list[str], folder: str) -> None:
   """
   missing = set(names)
   try:
-    with gzip.open(archive) as stream, tarfile.open(None, 'r:', stream) as tar:
-      for member in tar:
-        place, name = os.path.split(member.name)
-        if (place == FOLDER_NAME and name in missing and member.isfile()
-            and member.size == RECORDS_PER_FILE * RECORD_BYTES):
-          with open(os.path.join(folder, name), 'wb') as file:
-            shutil.copyfileobj(tar.extractfile(member), file)
-          missing.remove(name)
-      while stream.read(CHUNK_BYTES):  # to the checksum at its end
-        pass
-  except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    with gzip.open(archive) as stream:
+      # Before tarfile takes any size in it at its word, and to the checksum.
+      while stream.read(CHUNK_BYTES):
+        if stream.tell() > MAX_ARCHIVE_BYTES:
+          raise tarfile.TarError(f'unpacks to over {MAX_ARCHIVE_BYTES:,} bytes')
+      stream.seek(0)
+      with tarfile.open(None, 'r:', stream) as tar:
+        for member in tar:
+          place, name = os.path.split(member.name)
+          if (place == FOLDER_NAME and name in missing and member.isfile()
+              and member.size == RECORDS_PER_FILE * RECORD_BYTES):
+            with open(os.path.join(folder, name), 'wb') as file:
+              shutil.copyfileobj(tar.extractfile(member), file)
+            missing.remove(name)
+  except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error,
+          ValueError) as error:
     raise Cifar10Error(f'{archive} is damaged ({error}): delete it and run '
                        'this again') from None
   if missing:
@@ -264,5 +376,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  # What has arrived by then stays for the next run; a traceback helps nobody.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   define_flags()
   app.run(main)

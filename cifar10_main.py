@@ -16,11 +16,15 @@ References:
 
 from collections.abc import Callable, Iterable, Iterator
 import functools
+import glob
 import os
 import platform
 import re
+import shutil
+import signal
+import socket
 import sys
-import tempfile
+import threading
 import time
 
 if __name__ == '__main__':
@@ -31,6 +35,8 @@ if __name__ == '__main__':
   # oneDNN's convolutions, which TensorFlow leaves off on a CPU without AVX-512
   # although they are half as fast again there, and more.
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+  # Until there is something to save, Ctrl-C ends it without a traceback.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import app, flags, logging
 import numpy as np
@@ -65,7 +71,7 @@ DTYPES = {'fp32': tf.float32, 'bf16': tf.bfloat16, 'fp16': tf.float16}
 FP16_LOSS_SCALE = 128
 
 LOG_STEPS = 100  # steps between two log lines
-SAVE_SECONDS = 600  # between checkpoints, beside those at the ends of cycles
+PIECE_SECONDS = 1  # at most, from one look at the clock and signals to the next
 KEEP_CHECKPOINTS = 5
 NUM_SUMMARY_IMAGES = 6
 
@@ -281,6 +287,10 @@ def tf1_name(variable: tf.Variable) -> str:
   return variable.name.removesuffix(':0')
 
 
+class DamagedError(Cifar10Error):
+  """A checkpoint cannot be read."""
+
+
 class Checkpoints:
   """The checkpoints of a model folder, model.ckpt-STEP.
 
@@ -288,44 +298,69 @@ class Checkpoints:
   do the original's own: one way of reading serves both.
   """
 
-  def __init__(self, model_dir: str, state: TrainState):
+  def __init__(self, model_dir: str, state: TrainState,
+               save_seconds: float = 600):
     self._model_dir = model_dir
     self._prefix = os.path.join(model_dir, 'model.ckpt')
     self._variables = {tf1_name(v): v for v in state.variables}
     self._not_in_2017 = tf1_name(state.seed), tf1_name(state.train_accuracy)
     # It deletes only what it wrote itself: files of 2017 stay, and those that
     # a `checkpoint` file copied from another folder may name.
-    self._manager = tf.train.CheckpointManager(
-        tf.train.Checkpoint(**self._variables), model_dir, KEEP_CHECKPOINTS,
-        checkpoint_name='model.ckpt')
+    try:
+      self._manager = tf.train.CheckpointManager(
+          tf.train.Checkpoint(**self._variables), model_dir, KEEP_CHECKPOINTS,
+          checkpoint_name='model.ckpt')
+    except ValueError:  # of what it has read
+      raise Cifar10Error(f'{model_dir}/checkpoint is damaged: delete it, the '
+                         'model.ckpt-* files are enough') from None
+    self._save_seconds = save_seconds
     self._saved_at = time.monotonic()
 
-  def newest(self) -> str | None:
-    """Returns the path of the newest one, without ending, None if none is.
+  def steps(self) -> list[int]:
+    """Returns the steps of the checkpoints, damaged ones too, newest first.
 
     The files decide. The list in `checkpoint` beside them may still name the
     folder from which they were moved or copied.
     """
     if not os.path.isdir(self._model_dir):
-      return None
+      return []
     names = '\n'.join(os.listdir(self._model_dir))
-    steps = re.findall(r'^model\.ckpt-(\d+)\.index$', names, re.MULTILINE)
-    return f'{self._prefix}-{max(map(int, steps))}' if steps else None
+    found = re.findall(r'^model\.ckpt-(\d+)\.(?:index|data-\d+-of-\d+)$', names,
+                       re.MULTILINE)
+    return sorted(set(map(int, found)), reverse=True)
+
+  def restore_newest(self) -> str | None:
+    """Restores the newest that is whole; returns its path, None if none is.
+
+    Raises:
+      Cifar10Error: None is whole, or the newest whole one is of no use.
+    """
+    steps = self.steps()
+    for step in steps:
+      path = f'{self._prefix}-{step}'
+      try:
+        self.restore(path)
+        return path
+      except DamagedError as error:
+        logging.warning('%s: trying the one before', error)
+    if steps and steps[0] > 0:  # one of step 0 is no loss
+      raise Cifar10Error(
+          f'{self._model_dir} holds no checkpoint that is not damaged: move '
+          'model.ckpt-* away to start anew, or name another --model_dir')
+    return None
 
   def restore(self, path: str) -> None:
     """Restores all variables, or raises Cifar10Error and changes none."""
     logging.info('Restoring parameters from %s', path)
     try:
       reader = tf.train.load_checkpoint(path)
-      # TensorFlow 2 adds an ending to the names and writes .S for a slash.
-      keys = {key.partition('/.ATTRIBUTES/')[0].replace('.S', '/'): key
-              for key in reader.get_variable_to_shape_map()}
-      values = {name: reader.get_tensor(keys[name])
-                for name in self._variables if name in keys}
+      # TensorFlow 2 adds an ending to the names and writes .S for a slash. All
+      # are read, those too that are not needed: each has its checksum.
+      values = {
+          key.partition('/.ATTRIBUTES/')[0].replace('.S', '/'):
+          reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
     except (tf.errors.OpError, RuntimeError, LookupError, ValueError) as error:
-      raise Cifar10Error(
-          f'{path} is damaged ({reason(error)}): move it away to go on '
-          'from the one before, or name another --model_dir') from None
+      raise DamagedError(f'{path} is damaged ({reason(error)})') from None
     for name in self._not_in_2017:
       values.setdefault(name, self._variables[name].numpy())
     for name, variable in self._variables.items():
@@ -333,8 +368,12 @@ class Checkpoints:
         there = list(values[name].shape) if name in values else 'missing'
         raise Cifar10Error(
             f'{path} is of another network ({name} is {there} there and '
-            f'{variable.shape.as_list()} here): use {fitting_size(keys)}'
+            f'{variable.shape.as_list()} here): use {fitting_size(values)}'
             'another --model_dir')
+      if not np.isfinite(values[name]).all():
+        raise Cifar10Error(
+            f'{path} is of no use, {name} is not finite there: move it away to '
+            'go on from the one before, or name another --model_dir')
     for name, variable in self._variables.items():
       variable.assign(values[name])
 
@@ -348,7 +387,10 @@ class Checkpoints:
     step = self._variables['global_step'].numpy()
     for name, variable in self._variables.items():
       if not np.isfinite(variable.numpy()).all():
-        raise not_finite(name, step)
+        raise not_finite(f'{name} is not finite after step {step}')
+    for left_by_a_killed_run in glob.glob(
+        glob.escape(self._prefix) + '-*_temp'):
+      shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
     logging.info('Saving checkpoints for %d into %s.', step, self._prefix)
     try:
       path = self._manager.save(checkpoint_number=step)
@@ -360,11 +402,9 @@ class Checkpoints:
     self._saved_at = time.monotonic()
     return path
 
-  def save_if_due(self, step: int, values: dict) -> None:
-    """Hook that saves a checkpoint when the last one is old enough."""
-    del step, values  # not used
-    if time.monotonic() - self._saved_at >= SAVE_SECONDS:
-      self.save()
+  def is_due(self) -> bool:
+    """Tells whether the last save, or the start, is long enough ago."""
+    return time.monotonic() - self._saved_at >= self._save_seconds
 
 
 def fitting_size(names: Iterable[str]) -> str:
@@ -375,11 +415,11 @@ def fitting_size(names: Iterable[str]) -> str:
   return f'--resnet_size={size} or ' if fits else ''
 
 
-def not_finite(name: str, step: int) -> Cifar10Error:
+def not_finite(what: str) -> Cifar10Error:
   """Returns the error that ends a run whose numbers overflowed."""
   return Cifar10Error(
-      f'{name} is not finite at step {step}, nothing of it is saved: the '
-      'learning rate is 0.1 * batch_size / 128, try a smaller --batch_size')
+      f'{what}, nothing of it is saved: the learning rate is '
+      '0.1 * batch_size / 128, try a smaller --batch_size')
 
 
 def reason(error: Exception) -> str:
@@ -454,39 +494,46 @@ def make_inner_loop(state: TrainState, batch_size: int,
 
 
 def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
-          cycle_start: int, last_step: int, batch_size: int,
-          hooks: list[Callable]) -> None:
+          cycle_start: int, last_step: int,
+          batch_size: int) -> Iterator[tuple[int, dict]]:
   """Trains up to `last_step` in the cycle that begins after `cycle_start`.
 
-  Calls each `hook(step, values)` at the first step of the cycle and every 100
-  steps from there. Raises Cifar10Error when the loss is not finite any more.
+  Yields after each piece of about a second the step and what is to be logged of
+  it: at the first step of the cycle and every 100 steps from there, else {}.
+
+  Raises:
+    Cifar10Error: The loss is not finite any more.
   """
   step = state.global_step.numpy().item()
   if step == cycle_start:  # as in the original, anew in each cycle
     state.train_accuracy.assign([0, 0])
-  first_step = cycle_start + 1
-  looked_at = None
-  for look in (*range(first_step, last_step, LOG_STEPS), last_step):
-    if look <= step:  # before the checkpoint from which the run goes on
-      continue
+  num_steps, logged_at = 1, None
+  while step < last_step:
+    to_next_log = (cycle_start - step) % LOG_STEPS + 1
+    num_steps = min(num_steps, to_next_log, last_step - step)
+    started = time.perf_counter()
     # A tensor, since each Python number would be traced anew.
-    values = inner_loop(iterator, tf.constant(look - step))
+    values = inner_loop(iterator, tf.constant(num_steps))
     values = {name: value.numpy() for name, value in values.items()}  # waits
-    if values['finite_steps'] < look - step:
-      raise not_finite('The loss', step + 1 + values['finite_steps'])
-    step = look
-    if (step - first_step) % LOG_STEPS == 0:
+    now = time.perf_counter()
+    if values['finite_steps'] < num_steps:
+      raise not_finite(
+          f'The loss is not finite at step {step + 1 + values["finite_steps"]} '
+          f'(looked at after steps {step} and {step + num_steps})')
+    step += num_steps
+    if num_steps == to_next_log:
       # As in the original, the mean over the logged batches of this cycle.
       correct, seen = state.train_accuracy.assign_add(
           [values['correct'], batch_size]).numpy()
       values['train_accuracy'] = np.float32(correct / seen)
-      now = time.perf_counter()
-      if looked_at is not None:
-        values['seconds'] = now - looked_at
+      if logged_at is not None:
+        values['seconds'] = now - logged_at
         values['global_step/sec'] = LOG_STEPS / values['seconds']
-      looked_at = now
-      for hook in hooks:
-        hook(step, values)
+      logged_at = now
+      yield step, values
+    else:
+      yield step, {}
+    num_steps = max(1, int(num_steps * PIECE_SECONDS / (now - started)))
   logging.info('Loss for final step: %s.', values['loss'])
 
 
@@ -564,33 +611,29 @@ def shortest(value: float) -> float:
 
 def train_and_evaluate(
     data_dir: str | None, model_dir: str, resnet_size: int, train_steps: int,
-    steps_per_eval: int, batch_size: int, data_format: str | None = None,
-    dtype: str = 'fp32', xla: str = 'auto', seed: int | None = None,
-    use_synthetic_data: bool = False, eval_only: bool = False) -> None:
+    steps_per_eval: int, batch_size: int, save_checkpoints_secs: int = 600,
+    data_format: str | None = None, dtype: str = 'fp32', xla: str = 'auto',
+    seed: int | None = None, use_synthetic_data: bool = False,
+    eval_only: bool = False,
+    interrupted: Callable[[], bool] = lambda: False) -> None:
   """Trains and evaluates in turn, up to `train_steps` in all.
 
   Goes on from the newest checkpoint in `model_dir`. The arguments are the flags
-  of the same names.
+  of the same names, and `interrupted`, which is asked after each piece of about
+  a second whether to save and return.
 
   Raises:
     Cifar10Error: Data, checkpoint or model folder are not as they should be, or
       the loss is not finite any more.
+    OSError: The model folder cannot be written.
   """
-  check_device(data_format, dtype)
   eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
-  new_seed = seed
-  if seed is None:  # draws one
-    new_seed = np.random.SeedSequence().generate_state(1).item()
-  tf.keras.utils.set_random_seed(new_seed)  # of the initial values
-  network = resnet_model.cifar10_resnet_v2_generator(
-      resnet_size, NUM_CLASSES, data_format, DTYPES[dtype])
-  eval_loop = make_eval_loop(network)
-  state = TrainState(network, new_seed)
-  checkpoints = Checkpoints(model_dir, state)
-  path = checkpoints.newest()
-  if path is not None:
-    checkpoints.restore(path)
+  state = make_state(resnet_size, data_format, dtype, seed)
+  checkpoints = Checkpoints(model_dir, state, save_checkpoints_secs)
+  steps_there = checkpoints.steps()
+  path = checkpoints.restore_newest()
   step = state.global_step.numpy().item()
+  eval_loop = make_eval_loop(state.network)
   if eval_only:
     if path is None:
       raise Cifar10Error(f'{model_dir} holds no checkpoint to evaluate: train '
@@ -604,34 +647,57 @@ def train_and_evaluate(
                        f'{seed}: leave it out, or name another --model_dir')
   train_data = input_fn('train', data_dir, batch_size, use_synthetic_data,
                         run_seed, step, steps_per_eval)
-  make_writable(model_dir)
-  log_run(state, resnet_size, xla, train_steps, batch_size)
-  train_writer = tf.summary.create_file_writer(model_dir)
-  eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
-  hooks = [log_values, functools.partial(write_summaries, train_writer),
-           checkpoints.save_if_due]
-  inner_loop = make_inner_loop(state, batch_size, uses_xla(xla))
-  if path is None:
-    checkpoints.save()
-  # One input for all cycles: the next one's first batches are ready when an
-  # evaluation ends.
-  iterator = iter(train_data)
-  while True:
-    if step < train_steps:
+  with cifar10.sole_use(model_dir):
+    if checkpoints.steps() != steps_there:
+      raise Cifar10Error(f'Another run has just saved in {model_dir}: start '
+                         'again, or name another --model_dir')
+    log_run(state, resnet_size, xla, train_steps, batch_size)
+    train_writer = tf.summary.create_file_writer(model_dir)
+    eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
+    hooks = [log_values, functools.partial(write_summaries, train_writer)]
+    inner_loop = make_inner_loop(state, batch_size, uses_xla(xla))
+    if path is None:
+      path = checkpoints.save()
+    # One input for all cycles: the next one's first batches are ready when an
+    # evaluation ends.
+    iterator = iter(train_data)
+    while True:
+      # A run that was killed at the end of a cycle still owes its evaluation.
+      if step >= train_steps or (step and step % steps_per_eval == 0):
+        results = evaluate(eval_loop, iter(eval_data), path, step)
+        with eval_writer.as_default(step):
+          tf.summary.scalar('accuracy', results['accuracy'])
+          tf.summary.scalar('loss', results['loss'])
+        train_writer.flush()
+        eval_writer.flush()
+      if step >= train_steps:
+        return
       # Cycles end at multiples of steps_per_eval, after an interruption too.
       cycle_start = step - step % steps_per_eval
       last_step = min(cycle_start + steps_per_eval, train_steps)
-      train(inner_loop, iterator, state, cycle_start, last_step, batch_size,
-            hooks)
-      path, step = checkpoints.save(), last_step
-    results = evaluate(eval_loop, iter(eval_data), path, step)
-    with eval_writer.as_default(step):
-      tf.summary.scalar('accuracy', results['accuracy'])
-      tf.summary.scalar('loss', results['loss'])
-    train_writer.flush()
-    eval_writer.flush()
-    if step >= train_steps:
-      return
+      for step, values in train(inner_loop, iterator, state, cycle_start,
+                                last_step, batch_size):
+        for hook in hooks if values else ():
+          hook(step, values)
+        stop = interrupted()
+        if stop or step == last_step or checkpoints.is_due():
+          path = checkpoints.save()
+        if stop:
+          logging.warning('Stopped after step %d, saved as %s: the same '
+                          'command goes on from there', step, path)
+          return
+
+
+def make_state(resnet_size: int, data_format: str | None, dtype: str,
+               seed: int | None) -> TrainState:
+  """Returns a new network's state, by a seed that is drawn if None is given."""
+  check_device(data_format, dtype)
+  if seed is None:
+    seed = np.random.SeedSequence().generate_state(1).item()
+  tf.keras.utils.set_random_seed(seed)  # of the initial values
+  network = resnet_model.cifar10_resnet_v2_generator(
+      resnet_size, NUM_CLASSES, data_format, DTYPES[dtype])
+  return TrainState(network, seed)
 
 
 def check_device(data_format: str | None, dtype: str) -> None:
@@ -645,17 +711,6 @@ def check_device(data_format: str | None, dtype: str) -> None:
             else '--data_format=channels_first')
     raise Cifar10Error(f'{flag} does not run on this device: leave it '
                        'out') from None
-
-
-def make_writable(model_dir: str) -> None:
-  """Makes the folder, or raises Cifar10Error if it cannot be written."""
-  try:
-    os.makedirs(model_dir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=model_dir):
-      pass
-  except OSError as error:
-    raise Cifar10Error(f'Cannot write to {model_dir} ({error.strerror}): name '
-                       'another --model_dir') from None
 
 
 def log_run(state: TrainState, resnet_size: int, xla: str, train_steps: int,
@@ -705,6 +760,10 @@ def define_flags() -> None:
       'batch_size', 128,
       'Images per batch. The learning rate is in proportion to it.',
       lower_bound=1, upper_bound=NUM_TRAIN_IMAGES)
+  flags.DEFINE_integer(
+      'save_checkpoints_secs', 600,
+      'Seconds between checkpoints, beside those at the ends of cycles.',
+      lower_bound=1)
   flags.DEFINE_enum(
       'data_format', None, ['channels_first', 'channels_last'],
       'Layout of the images in the network. By default the faster one: '
@@ -731,7 +790,30 @@ def define_flags() -> None:
       'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')
 
 
-def main(argv: list[str]) -> None:
+def note_signals() -> list[int]:
+  """Lets the first SIGTERM or SIGINT only be noted, in the list returned.
+
+  A second one ends the process at once.
+  """
+  noted = []
+  receiver, sender = socket.socketpair()
+
+  def wait():
+    noted.extend(receiver.recv(1))
+    logging.warning('Stopping, to save first. A second signal ends at once')
+    os._exit(128 + receiver.recv(1)[0])
+
+  # In a thread, since the main one sees no signal before TensorFlow returns to
+  # it. The handler itself has nothing left to do.
+  threading.Thread(target=wait, daemon=True).start()
+  sender.setblocking(False)
+  signal.set_wakeup_fd(sender.detach())
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: None)
+  return noted
+
+
+def main(argv: list[str]) -> int:
   values = flags.FLAGS
   if values['verbosity'].using_default_value:
     logging.set_verbosity(logging.INFO)
@@ -741,16 +823,26 @@ def main(argv: list[str]) -> None:
   if values.use_synthetic_data and values['model_dir'].using_default_value:
     # Real training must not go on from weights that learned made-up images.
     model_dir += '_synthetic'
+  signals = note_signals()
   try:
     if len(argv) > 1:
       raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
     train_and_evaluate(
         values.data_dir, os.path.normpath(model_dir), values.resnet_size,
         values.train_steps, values.steps_per_eval, values.batch_size,
-        values.data_format, values.dtype, values.xla, values.seed,
-        values.use_synthetic_data, values.eval_only)
+        values.save_checkpoints_secs, values.data_format, values.dtype,
+        values.xla, values.seed, values.use_synthetic_data, values.eval_only,
+        lambda: bool(signals))
   except Cifar10Error as error:
-    sys.exit(f'{os.path.basename(sys.argv[0])}: {error}')
+    message = str(error)
+  except OSError as error:
+    message = (f'Cannot write to {model_dir} ({error.strerror}): name another '
+               '--model_dir')
+  except tf.errors.ResourceExhaustedError:
+    message = 'The device has too little memory: try a smaller --batch_size'
+  else:
+    return 128 + signals[0] if signals else 0
+  return sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')
 
 
 if __name__ == '__main__':

@@ -201,8 +201,11 @@ class Benchmark:
     def seconds_for(num_steps):
       started = time.perf_counter()
       step = self._state.global_step.numpy().item()
-      cifar10_main.train(self._inner_loop, iterator, self._state, step,
-                         step + num_steps, self._batch, hooks)
+      for at, values in cifar10_main.train(
+          self._inner_loop, iterator, self._state, step, step + num_steps,
+          self._batch):
+        for hook in hooks if values else ():
+          hook(at, values)
       return time.perf_counter() - started
 
     seconds_for(1)

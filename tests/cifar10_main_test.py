@@ -531,18 +531,39 @@ def test_train_accuracy_is_the_mean_over_logged_batches(log):
   def inner_loop(iterator, num_steps):
     nonlocal step
     step += num_steps.numpy()
+    state.global_step.assign(step)
     values = {'correct': correct.get(step, 128), 'finite_steps': num_steps,
               'loss': 2.0, 'cross_entropy': 1.0, 'learning_rate': 0.1}
     return {name: tf.constant(value) for name, value in values.items()}
 
   state = make_state()
+  accuracy = {}
   for start in (0, 200):
-    state.global_step.assign(start)
-    cifar10_main.train(inner_loop, None, state, start, start + 200, 128,
-                       [cifar10_main.log_values])
+    for at, values in cifar10_main.train(
+        inner_loop, None, state, start, start + 200, 128):
+      assert at == step
+      if values:
+        accuracy[at] = str(values['train_accuracy'])
   assert step == 400
-  accuracy = matches(r'.*train_accuracy = ([\d.]+).*', log)
-  assert accuracy == [('0.15625',), ('0.20703125',), ('1.0',), ('1.0',)]
+  assert accuracy == {
+      1: '0.15625', 101: '0.20703125', 201: '1.0', 301: '1.0'}
+
+
+def test_pieces_take_about_a_second(monkeypatch):
+  """The clock and signals are looked at between them."""
+  clock = 0.0
+
+  def inner_loop(iterator, num_steps):
+    nonlocal clock
+    clock += 0.125 * num_steps.numpy()
+    values = {'correct': 1, 'finite_steps': num_steps, 'loss': 2.0}
+    return {name: tf.constant(value) for name, value in values.items()}
+
+  monkeypatch.setattr(cifar10_main.time, 'perf_counter', lambda: clock)
+  pieces = cifar10_main.train(inner_loop, None, make_state(), 0, 110, 128)
+  # At first a single step, which is also traced; always up to a logged one.
+  steps = [step for step, _ in pieces]
+  assert steps == [1, *range(9, 98, 8), 101, 109, 110]
 
 
 @pytest.mark.parametrize('xla', ['on', 'off'])
@@ -665,13 +686,28 @@ def test_keeps_five_checkpoints(data_dir, tmp_path):
   assert tf.train.latest_checkpoint(str(tmp_path / 'model')).endswith('-6')
 
 
-def test_saves_by_the_clock(tmp_path, monkeypatch, log):
-  checkpoints = cifar10_main.Checkpoints(str(tmp_path), make_state())
-  checkpoints.save_if_due(0, {})
-  assert not contents(tmp_path)
-  monkeypatch.setattr(cifar10_main, 'SAVE_SECONDS', 0)
-  checkpoints.save_if_due(0, {})
-  assert checkpoints.newest() == str(tmp_path / 'model.ckpt-0')
+@pytest.mark.parametrize(
+    ('save_checkpoints_secs', 'expected'), [(600, {0, 4}), (0, {0, 1, 4})])
+def test_saves_by_the_clock(
+    data_dir, tmp_path, log, save_checkpoints_secs, expected):
+  run(data_dir, tmp_path / 'model', train_steps=4,
+      save_checkpoints_secs=save_checkpoints_secs)
+  saved = [int(step) for step, in matches(
+      r'Saving checkpoints for (\d+) .*', log)]
+  assert len(saved) == len(set(saved))
+  assert expected <= set(saved)
+  assert save_checkpoints_secs == 0 or expected == set(saved)
+
+
+def test_evaluates_the_end_of_a_cycle_that_was_killed_there(
+    data_dir, tmp_path, capsys):
+  model_dir = tmp_path / 'model'
+  run(data_dir, model_dir, train_steps=8, seed=1)
+  expected = capsys.readouterr().out
+  for path in model_dir.glob('model.ckpt-8*'):
+    path.unlink()
+  run(data_dir, model_dir, train_steps=8)
+  assert capsys.readouterr().out == expected
 
 
 def test_eval_only_writes_nothing(data_dir, tmp_path, capsys):
@@ -717,21 +753,101 @@ def test_checkpoint_of_something_else(data_dir, tmp_path):
   assert contents(model_dir) == before
 
 
-@pytest.mark.parametrize('ending', ['.index', '.data-00000-of-00001'])
-def test_damaged_checkpoint(data_dir, tmp_path, ending):
+def cut(path):
+  path.write_bytes(path.read_bytes()[:-300])
+
+
+def empty(path):
+  path.write_bytes(b'')
+
+
+def remove(path):
+  path.unlink()
+
+
+def flip_a_bit(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 3] ^= 4
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize('damage', [cut, empty, remove, flip_a_bit])
+@pytest.mark.parametrize('ending', ['index', 'data-00000-of-00001'])
+def test_damaged_checkpoint(data_dir, tmp_path, log, capsys, damage, ending):
   model_dir = tmp_path / 'model'
-  run(data_dir, model_dir)
-  path = model_dir / f'model.ckpt-4{ending}'
-  path.write_bytes(path.read_bytes()[:100])
+  run(data_dir, model_dir, train_steps=4, steps_per_eval=2, seed=1)
+  expected = capsys.readouterr().out
   before = contents(model_dir)
-  with pytest.raises(Cifar10Error, match=r'model\.ckpt-4 is damaged'):
-    run(data_dir, model_dir)
+  damage(model_dir / f'model.ckpt-4.{ending}')
+  del log[:]
+  run(data_dir, model_dir, train_steps=4, steps_per_eval=2)
+  assert any(re.match(rf'{model_dir}/model.ckpt-4 is damaged \(.+\): trying '
+                      'the one before', line) for line in log)
+  assert f'Restoring parameters from {model_dir}/model.ckpt-2' in log
+  assert capsys.readouterr().out == expected
+  after = contents(model_dir)
+  for path in model_dir.glob('model.ckpt-[02].*'):
+    assert after[path] == before[path]
+
+  # Nothing whole is left: no other thing to do than to say so.
+  for path in model_dir.glob(f'*.{ending}'):
+    damage(path)
+  before = contents(model_dir)
+  for eval_only in (False, True):
+    with pytest.raises(Cifar10Error,
+                       match=f'{model_dir} holds no checkpoint that is not'):
+      run(data_dir, model_dir, eval_only=eval_only)
+  assert contents(model_dir) == before
+
+
+def test_first_save_that_was_killed(data_dir, tmp_path, log, capsys):
+  model_dir = tmp_path / 'model'
+  run(data_dir, model_dir, seed=1)
+  expected = capsys.readouterr().out
+  for name in ('model.ckpt-0.index', 'model.ckpt-4.index',
+               'model.ckpt-4.data-00000-of-00001'):
+    (model_dir / name).unlink()
+  (model_dir / 'model.ckpt-0_temp').mkdir()
+  (model_dir / 'model.ckpt-0_temp' / 'part').touch()
+  del log[:]
+  run(data_dir, model_dir, seed=1)
+  assert any('model.ckpt-0 is damaged' in line for line in log)
+  assert capsys.readouterr().out == expected
+  assert not (model_dir / 'model.ckpt-0_temp').exists()
+
+
+def test_garbage_in_the_list_of_checkpoints(data_dir, tmp_path, capsys):
+  run(data_dir, tmp_path / 'model')
+  expected = capsys.readouterr().out
+  listed = tmp_path / 'model' / 'checkpoint'
+  listed.write_bytes(bytes(range(256)))
+  with pytest.raises(Cifar10Error, match=f'{listed} is damaged: delete it'):
+    run(data_dir, tmp_path / 'model')
+  listed.write_text('neither a list nor a protocol buffer')
+  run(data_dir, tmp_path / 'model')
+  assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize('eval_only', [False, True])
+def test_checkpoint_that_is_not_finite(data_dir, tmp_path, eval_only):
+  model_dir = tmp_path / 'model'
+  state = make_state()
+  state.network.trainable_variables[3].assign(
+      state.network.trainable_variables[3] + np.nan)
+  variables = {cifar10_main.tf1_name(v): v for v in state.variables}
+  tf.train.Checkpoint(**variables).write(str(model_dir / 'model.ckpt-5'))
+  before = contents(model_dir)
+  with pytest.raises(Cifar10Error,
+                     match=r'ckpt-5 is of no use, .* is not finite there'):
+    run(data_dir, model_dir, eval_only=eval_only)
   assert contents(model_dir) == before
 
 
 def test_loss_that_is_not_finite(data_dir, tmp_path, monkeypatch):
   monkeypatch.setattr(cifar10_main, 'INITIAL_LEARNING_RATE', 1e30)
-  with pytest.raises(Cifar10Error, match='The loss is not finite at step 2,'):
+  with pytest.raises(
+      Cifar10Error, match=r'The loss is not finite at step 2 \(looked at after '
+      r'steps 1 and [234]\), nothing of it is saved: .* smaller --batch_size'):
     run(data_dir, tmp_path / 'model')
   indices = (tmp_path / 'model').glob('*.index')
   assert [path.name for path in indices] == ['model.ckpt-0.index']
@@ -740,7 +856,7 @@ def test_loss_that_is_not_finite(data_dir, tmp_path, monkeypatch):
 def test_does_not_save_what_is_not_finite(tmp_path):
   state = make_state()
   state.momentum[3].assign(state.momentum[3] + np.nan)
-  with pytest.raises(Cifar10Error, match='Momentum is not finite'):
+  with pytest.raises(Cifar10Error, match='Momentum is not finite after step 0'):
     cifar10_main.Checkpoints(str(tmp_path), state).save()
   assert not contents(tmp_path)
 
