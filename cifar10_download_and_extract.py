@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -57,7 +58,7 @@ RECORDS_PER_FILE = 10000
 
 TIMEOUT_SECONDS = 60  # without a byte from the server
 RETRY_SECONDS = (1, 2, 4, 8)  # before trying again, while nothing arrives
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
 MAX_ARCHIVE_BYTES = 200_000_000  # the published one: 170 million, 184 unpacked
 
 
@@ -97,27 +98,31 @@ def read_records(filename: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def sole_use(folder: str, wait: bool = False) -> Iterator[None]:
-  """Makes a folder and keeps other processes out until the block ends.
+  """Makes a folder and keeps other runs out of it until the block ends.
 
-  Or the process ends, in whatever way. Others that do not ask are not kept out.
+  Or the process ends, in whatever way.
 
   Raises:
-    Cifar10Error: Another process has the folder, and `wait` is not set.
+    Cifar10Error: Another run has the folder, and `wait` is not set.
     OSError: The folder cannot be written.
   """
   os.makedirs(folder, exist_ok=True)
-  with open(os.path.join(folder, '.lock'), 'a') as file:
-    try:
-      if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      if not wait:
-        raise Cifar10Error(f'{folder} is in use by another run: wait for its '
-                           'end, or name another folder') from None
-      print(f'Waiting for another run that uses {folder}.', flush=True)
-      fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-      pass  # some network file systems have no locks
+  with tempfile.TemporaryFile(dir=folder):
+    pass  # it can be written
+  with contextlib.ExitStack() as stack:
+    if fcntl:
+      opened = os.open(folder, os.O_RDONLY)
+      stack.callback(os.close, opened)
+      try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        if not wait:
+          raise Cifar10Error(f'{folder} is in use by another run: wait for its '
+                             'end, or name another folder') from None
+        print(f'Waiting for another run that uses {folder}.', flush=True)
+        fcntl.flock(opened, fcntl.LOCK_EX)
+      except OSError:
+        pass  # some network file systems have no locks
     yield
 
 
@@ -139,27 +144,32 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
   if not unsound_files(folder, skip_checksums):
     print(f'{folder} is complete, nothing to do.')
     return
-  # Beside the final places, for renames, all or nothing, to end the work. Stays
-  # after a failure, for the next run to go on with the download.
+  archive = os.path.join(data_dir, ARCHIVE_NAME)
+  # Beside the final places, for renames, all or nothing, to end the work.
   partial = os.path.join(data_dir, '.partial')
-  with sole_use(partial, wait=True):
-    # Now, since another run may have been at work.
+  fetched = os.path.join(partial, ARCHIVE_NAME)
+  with sole_use(data_dir, wait=True):
+    # Once more, since another run may have been at work.
     to_extract = unsound_files(folder, skip_checksums)
-    archive = os.path.join(data_dir, ARCHIVE_NAME)
-    source = archive
-    if not is_right_archive(archive, skip_checksums):
-      source = os.path.join(partial, ARCHIVE_NAME)
-      fetch_archive(data_url, source, archive, skip_checksums)
-    extract(source, to_extract, partial)
-    for name in to_extract:
-      if not is_sound(os.path.join(partial, name), skip_checksums):
-        raise Cifar10Error(f'{source} holds a damaged {name}: delete the '
-                           'archive and run this again')
-    os.replace(source, archive)
-    os.makedirs(folder, exist_ok=True)
-    for name in to_extract:
-      os.replace(os.path.join(partial, name), os.path.join(folder, name))
-    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial, exist_ok=True)
+    try:
+      source = archive
+      if not is_right_archive(archive, skip_checksums):
+        source = fetched
+        fetch_archive(data_url, fetched, archive, skip_checksums)
+      with tempfile.TemporaryDirectory(dir=partial) as extracted:
+        extract(source, to_extract, extracted)
+        for name in to_extract:
+          if not is_sound(os.path.join(extracted, name), skip_checksums):
+            raise Cifar10Error(f'{source} holds a damaged {name}: delete the '
+                               'archive and run this again')
+        os.replace(source, archive)
+        os.makedirs(folder, exist_ok=True)
+        for name in to_extract:
+          os.replace(os.path.join(extracted, name), os.path.join(folder, name))
+    finally:
+      if not os.path.exists(fetched):  # else the next run goes on with it
+        shutil.rmtree(partial)
   print(f'{folder} is complete: {len(TRAIN_FILES) * RECORDS_PER_FILE:,} '
         f'training and {RECORDS_PER_FILE:,} evaluation records.')
 
@@ -267,8 +277,8 @@ def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
   not known.
   """
   wanted = {'Range': f'bytes={size}-'} if size else {}
-  request = urllib.request.Request(data_url, headers=wanted)
   try:
+    request = urllib.request.Request(data_url, headers=wanted)
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
       place = size if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
       length = response.headers.get('Content-Length', '')
@@ -278,18 +288,16 @@ def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
         place += len(data)
     if place < max(total, 1):
       raise UnfinishedError(f'only {place:,} of {total:,} bytes came')
-  except urllib.error.HTTPError as error:
-    if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and size:
+  except (OSError, http.client.HTTPException, ValueError) as error:
+    code = getattr(error, 'code', None)  # of HTTP
+    if size and code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
       yield from receive(data_url, 0)  # what is here is not a part of it
-    elif error.code >= 500 or error.code in (408, 429):
-      raise UnfinishedError(error) from None
-    else:
-      raise ConnectionError(error) from None
-  except (ValueError, http.client.InvalidURL) as error:
-    raise ConnectionError(error) from None
-  except (OSError, http.client.HTTPException) as error:
-    kind = ConnectionError if data_url.startswith('file:') else UnfinishedError
-    raise kind(getattr(error, 'reason', error)) from None
+      return
+    lasting = (data_url.startswith('file:') or isinstance(error, ValueError)
+               or (code and code < 500 and code not in (408, 429)))
+    reason = error if code else getattr(error, 'reason', error)
+    kind = ConnectionError if lasting else UnfinishedError
+    raise kind(' '.join(str(reason).split())) from None  # in one line
 
 
 def show_progress(size: int, total: int) -> None:
@@ -325,7 +333,7 @@ def extract(archive: str, names: list[str], folder: str) -> None:
               shutil.copyfileobj(tar.extractfile(member), file)
             missing.remove(name)
   except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error,
-          ValueError) as error:
+          ValueError, MemoryError, RecursionError) as error:
     raise Cifar10Error(f'{archive} is damaged ({error}): delete it and run '
                        'this again') from None
   if missing:

@@ -1,14 +1,17 @@
 """Tests of the download, with small archives and a server on this machine."""
 
-import functools
+import gzip
 import hashlib
 import http.server
 import io
 import os
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -69,6 +72,11 @@ def contents(data_dir):
   """Returns all files below a folder, as a dict of bytes by relative path."""
   return {str(path.relative_to(data_dir)): path.read_bytes()
           for path in data_dir.rglob('*') if path.is_file()}
+
+
+def visible(data_dir):
+  """Returns the names of files that are not marked as work in progress."""
+  return {name for name in contents(data_dir) if name[0] != '.'}
 
 
 def assert_complete(data_dir, files, archive):
@@ -156,7 +164,7 @@ def test_checks_unverified_files_too(data_dir, files, archive, damage):
   make_archive(archive, files)
   with pytest.raises(Cifar10Error, match=r'data_batch_5\.bin'):
     run(data_dir, archive, skip_checksums=True)
-  assert set(contents(data_dir)) == {cifar10.ARCHIVE_NAME}
+  assert not visible(data_dir)
 
 
 def cut(data):
@@ -181,84 +189,352 @@ def test_damaged_archive(data_dir, files, archive, damage):
   archive.write_bytes(damage(archive.read_bytes()))
   with pytest.raises(Cifar10Error, match='is damaged'):
     run(data_dir, archive, skip_checksums=True)
-  assert set(contents(data_dir)) == {cifar10.ARCHIVE_NAME}
+  assert not visible(data_dir)
 
 
-def test_extracts_nothing_but_the_six_files(data_dir, files, archive):
-  with tarfile.open(archive, 'w:gz') as tar:
-    for name in ('../evil.bin', '/tmp/evil.bin', 'evil/data_batch_1.bin',
-                 f'{cifar10.FOLDER_NAME}/extra.bin'):
-      member = tarfile.TarInfo(name)
-      member.size = len(files['data_batch_2.bin'])
-      tar.addfile(member, io.BytesIO(files['data_batch_2.bin']))
-    for kind, target in ((tarfile.SYMTYPE, 'data_batch_2.bin'),
-                         (tarfile.LNKTYPE, 'data_batch_2.bin'),
-                         (tarfile.FIFOTYPE, '')):
-      member = tarfile.TarInfo(f'{cifar10.FOLDER_NAME}/data_batch_1.bin')
-      member.type = kind
-      member.linkname = target
-      member.size = len(files['data_batch_2.bin'])
-      tar.addfile(member)
-    for name, data in files.items():
-      member = tarfile.TarInfo(f'{cifar10.FOLDER_NAME}/{name}')
-      member.size = len(data)
-      tar.addfile(member, io.BytesIO(data))
-  run(data_dir, archive, skip_checksums=True)
-  assert_complete(data_dir, files, archive)
+def member(name, data=b'', kind=tarfile.REGTYPE, target='', size=None):
+  """Returns one entry of an archive, which may lie about its size."""
+  info = tarfile.TarInfo(name)
+  info.type, info.linkname = kind, target
+  info.size = len(data) if size is None else size
+  padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+  return info.tobuf(tarfile.GNU_FORMAT) + data + padding
+
+
+FIRST = f'{cifar10.FOLDER_NAME}/data_batch_1.bin'
+EVIL = bytes(10 * cifar10.RECORD_BYTES)  # would pass for records
+HOSTILE = {
+    'absolute path': member('/tmp/evil.bin', EVIL),
+    'parent folder': member('../evil.bin', EVIL),
+    'parent folder within': member(f'{cifar10.FOLDER_NAME}/../evil.bin', EVIL),
+    'other folder': member('evil/data_batch_1.bin', EVIL),
+    'extra file': member(f'{cifar10.FOLDER_NAME}/evil.bin', EVIL),
+    'symbolic link': member(FIRST, kind=tarfile.SYMTYPE, target='/etc/passwd'),
+    'link to a folder': (
+        member(cifar10.FOLDER_NAME, kind=tarfile.SYMTYPE, target='..')),
+    'hard link': member(FIRST, kind=tarfile.LNKTYPE, target='../evil.bin'),
+    'named pipe': member(FIRST, kind=tarfile.FIFOTYPE),
+    'device': member(FIRST, kind=tarfile.CHRTYPE),
+    'twice, small first': member(FIRST, b'evil'),
+}
+REFUSED = {
+    'larger than it says': member(FIRST, b'evil', size=len(EVIL)),
+    'huge by its header': member('evil', size=10**12),
+    'huge header': member('evil', kind=tarfile.XHDTYPE, size=10**12),
+    'negative': member('evil', size=-512),
+    'headers without end': member('a', b'a', tarfile.GNUTYPE_LONGNAME) * 3000,
+    'bomb': bytes(cifar10.MAX_ARCHIVE_BYTES),
+}
+
+
+@pytest.mark.parametrize('kind', [*HOSTILE, *REFUSED])
+def test_hostile_archive(data_dir, files, archive, kind):
+  """Neither it nor what it holds is written anywhere but to its place."""
+  entries = [member(f'{cifar10.FOLDER_NAME}/{name}', data)
+             for name, data in files.items()]
+  end = bytes(2 * tarfile.BLOCKSIZE)
+  with gzip.open(archive, 'wb', compresslevel=1) as file:
+    file.writelines([{**HOSTILE, **REFUSED}[kind], *entries, end])
+  if kind in HOSTILE:
+    run(data_dir, archive, skip_checksums=True)
+    assert_complete(data_dir, files, archive)
+  else:
+    with pytest.raises(Cifar10Error, match=r'is damaged|lacks a|holds a'):
+      run(data_dir, archive, skip_checksums=True)
+    assert not (data_dir / cifar10.FOLDER_NAME).exists()
+    assert not (data_dir / cifar10.ARCHIVE_NAME).exists()
+    make_archive(archive, files)
+    run(data_dir, archive, skip_checksums=True)
+    assert_complete(data_dir, files, archive)
   assert sorted(p.name for p in data_dir.parent.iterdir()) == ['data', 'mirror']
+  assert not os.path.exists('/tmp/evil.bin')
 
 
-class CutServer(http.server.BaseHTTPRequestHandler):
-  """Announces a thousand bytes and sends ten."""
+class Server(http.server.ThreadingHTTPServer):
+  """Serves one file on the loopback address, in the ways of `behaviours`.
+
+  The first request gets the first, and so on; after the last one, good answers.
+  """
+
+  daemon_threads = True
+  block_on_close = False
+
+  def __init__(self, data):
+    super().__init__(('127.0.0.1', 0), Handler)
+    self.data = data
+    self.behaviours = []
+    self.ranges = []  # that were asked for, None for the whole
+    self.url = f'http://127.0.0.1:{self.server_port}/archive.tar.gz'
+
+  def handle_error(self, request, client_address):
+    pass  # clients that have seen enough
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
 
   def do_GET(self):
-    self.send_response(200)
-    self.send_header('Content-Length', '1000')
+    self.server.ranges.append(self.headers['Range'])
+    behaviours = self.server.behaviours
+    (behaviours.pop(0) if behaviours else good)(self)
+
+  def answer(self, status, **headers):
+    self.send_response(status)
+    for name, value in headers.items():
+      self.send_header(name.replace('_', '-'), value)
     self.end_headers()
-    self.wfile.write(b'0123456789')
 
   def log_message(self, *args):
     pass
 
 
+def good(request, share=1):
+  """Answers as a file server that knows ranges, with a share of the bytes."""
+  data = request.server.data
+  start = int((request.headers['Range'] or 'bytes=0-')[len('bytes='):-1])
+  if start >= len(data):
+    request.answer(416, Content_Range=f'bytes */{len(data)}')
+    return
+  request.answer(
+      206 if start else 200, Content_Length=len(data) - start,
+      Content_Range=f'bytes {start}-{len(data) - 1}/{len(data)}')
+  request.wfile.write(data[start:][:int(share * (len(data) - start))])
+
+
+def cut_off(request):
+  good(request, share=0.5)
+
+
+def without_ranges(request):
+  data = request.server.data
+  request.answer(200, Content_Length=len(data))
+  request.wfile.write(data[:len(data) // 2])
+
+
+def without_length(request):
+  request.answer(200)
+  request.wfile.write(request.server.data)
+
+
+def stalled(request):
+  cut_off(request)
+  time.sleep(1)
+
+
+def reset(request):
+  cut_off(request)
+  request.connection.setsockopt(
+      socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+  request.connection.close()
+
+
+def silent(request):
+  request.connection.shutdown(socket.SHUT_RDWR)
+
+
+def garbage(request):
+  request.wfile.write(b'\0\xffno protocol\r\n\r\n' * 10)
+
+
+def empty(request):
+  request.answer(200, Content_Length=0)
+
+
+def chunked_and_cut(request):
+  request.protocol_version = 'HTTP/1.1'
+  request.answer(200, Transfer_Encoding='chunked')
+  request.wfile.write(b'ffff\r\nabc')
+
+
+def status(code, **headers):
+  return lambda request: request.answer(code, **headers)
+
+
+def to_itself(request):
+  request.answer(302, Location=request.server.url)
+
+
+def elsewhere(request):
+  request.answer(301, Location=request.server.url + '?moved')
+
+
+def endless(request):
+  request.answer(200)
+  while True:
+    request.wfile.write(bytes(1 << 20))
+
+
+def endless_by_its_header(request):
+  request.answer(200, Content_Length=10**15)
+  request.wfile.write(b'abc')
+
+
+def other_bytes(request):
+  data = bytes(request.server.data)
+  request.answer(200, Content_Length=len(data))
+  request.wfile.write(data[:99] + bytes(99) + data[198:])
+
+
+def other_range(request):
+  request.answer(206, Content_Length=9, Content_Range='bytes 5-13/99')
+  request.wfile.write(b'123456789')
+
+
+def length_that_is_none(request):
+  request.answer(200, Content_Length='many')
+  request.wfile.write(request.server.data)
+
+
 @pytest.fixture
-def serve():
-  """Starts a server on the loopback address and returns where it listens."""
-  servers = []
-
-  def start(handler):
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    servers.append(server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f'http://127.0.0.1:{server.server_port}/'
-
-  yield start
-  for server in servers:
+def server(archive, monkeypatch):
+  """A server of the archive; attempts follow at once, stalls end soon."""
+  monkeypatch.setattr(cifar10, 'RETRY_SECONDS', (0, 0, 0))
+  monkeypatch.setattr(cifar10, 'TIMEOUT_SECONDS', 0.3)
+  with Server(archive.read_bytes()) as server:
+    threading.Thread(target=server.serve_forever, args=[0.01]).start()
+    yield server
     server.shutdown()
-    server.server_close()
 
 
-def test_fetches_over_http(data_dir, files, archive, serve):
-  handler = functools.partial(
-      http.server.SimpleHTTPRequestHandler, directory=archive.parent)
-  url = serve(handler) + archive.name
-  cifar10.download_and_extract(str(data_dir), url)
+@pytest.mark.parametrize('behaviours', [
+    [], [without_length], [length_that_is_none], [elsewhere], [cut_off] * 20,
+    [cut_off, status(500), reset, cut_off], [stalled, cut_off],
+    [silent, garbage, empty], [cut_off, status(429), status(408)],
+    [cut_off, without_ranges, cut_off], [chunked_and_cut] * 3,
+    [cut_off, status(416)], [cut_off, elsewhere, cut_off]])
+def test_download_that_succeeds(data_dir, files, archive, server, behaviours):
+  server.behaviours = list(behaviours)
+  cifar10.download_and_extract(str(data_dir), server.url)
+  assert_complete(data_dir, files, archive)
+  assert not server.behaviours
+
+
+FOREVER = 99
+
+
+@pytest.mark.parametrize(('behaviours', 'message'), [
+    ([status(404)], 'Error 404'),
+    ([status(403)], 'Error 403'),
+    ([status(500)] * FOREVER, 'Error 500'),
+    ([empty] * FOREVER, 'only 0 of'),
+    ([silent] * FOREVER, 'closed connection'),
+    ([garbage] * FOREVER, 'no protocol'),
+    ([without_ranges] * FOREVER, 'only .* bytes came'),
+    ([stalled] + [status(503)] * FOREVER, 'Error 503'),
+    ([chunked_and_cut] * FOREVER, 'IncompleteRead'),
+    ([to_itself] * FOREVER, 'redirect'),
+    ([status(302, Location='file:///etc/passwd')], 'not allowed'),
+    ([status(302, Location='http://[::1')], 'Invalid IPv6'),
+    ([endless], 'more than any archive'),
+    ([endless_by_its_header], 'more than any archive'),
+    ([other_bytes], 'its SHA-256 differs'),
+    ([cut_off, other_range], 'its SHA-256 differs'),
+])
+def test_download_that_fails(
+    data_dir, files, archive, server, behaviours, message):
+  server.behaviours = list(behaviours)
+  with pytest.raises(Cifar10Error, match=message) as error:
+    cifar10.download_and_extract(str(data_dir), server.url)
+  assert server.url in str(error.value)
+  assert '\n' not in str(error.value)
+  assert not visible(data_dir)
+  # With a server that behaves again, so does the download.
+  server.behaviours = []
+  cifar10.download_and_extract(str(data_dir), server.url)
   assert_complete(data_dir, files, archive)
 
 
-def test_cut_download(data_dir, files, serve):
-  with pytest.raises(Cifar10Error, match=r'Cannot fetch .* place it as'):
-    cifar10.download_and_extract(
-        str(data_dir), serve(CutServer), skip_checksums=True)
-  assert contents(data_dir) == {}
+def test_goes_on_where_it_broke_off(data_dir, files, archive, server):
+  half, rest = len(server.data) // 2, len(server.data) - len(server.data) // 2
+  server.behaviours = [cut_off, cut_off, *[status(500)] * FOREVER]
+  with pytest.raises(Cifar10Error, match='Error 500'):
+    cifar10.download_and_extract(str(data_dir), server.url)
+  server.behaviours = []
+  cifar10.download_and_extract(str(data_dir), server.url)
+  assert_complete(data_dir, files, archive)
+  there = half + rest // 2
+  assert server.ranges == [
+      None, f'bytes={half}-', *[f'bytes={there}-'] * 4]
 
 
-def test_missing_address(data_dir, files, archive, serve):
-  url = serve(functools.partial(
-      http.server.SimpleHTTPRequestHandler, directory=archive.parent))
-  with pytest.raises(Cifar10Error, match=r'Not Found|File not found'):
-    cifar10.download_and_extract(str(data_dir), url + 'nothing.tar.gz')
-  assert contents(data_dir) == {}
+def test_unverified_rests_are_not_gone_on_with(
+    data_dir, files, archive, server):
+  server.behaviours = [cut_off, *[status(500)] * FOREVER]
+  with pytest.raises(Cifar10Error, match='Error 500'):
+    cifar10.download_and_extract(str(data_dir), server.url, True)
+  other = make_files(seed=1)
+  make_archive(archive, other)
+  server.data, server.behaviours = archive.read_bytes(), []
+  cifar10.download_and_extract(str(data_dir), server.url, True)
+  assert_complete(data_dir, other, archive)
+
+
+@pytest.mark.parametrize('kilobytes', [80, 200])
+def test_full_disk(small_disk, files, archive, server, kilobytes):
+  """Of 151 KiB to download and 180 to unpack."""
+  data_dir = small_disk(kilobytes) / 'data'
+  with pytest.raises(OSError, match='No space left'):
+    cifar10.download_and_extract(str(data_dir), server.url)
+  assert not visible(data_dir)
+  small_disk(kilobytes=1000)
+  cifar10.download_and_extract(str(data_dir), server.url)
+  assert_complete(data_dir, files, archive)
+
+
+@pytest.mark.parametrize('url', [
+    'http://127.0.0.1:9/', 'http://127.0.0.1:port/', 'http://[::1/',
+    'http://127.0.0.1/a b\n', 'http://\u00e4..b/\u00e4', 'http:///', 'https://',
+    'file:///no/such/file', 'file://host/file', 'file:///'])
+def test_strange_addresses(data_dir, files, monkeypatch, url):
+  monkeypatch.setattr(cifar10, 'RETRY_SECONDS', ())
+  with pytest.raises(Cifar10Error, match=r'(?s)Cannot fetch .* place it as'):
+    cifar10.download_and_extract(str(data_dir), url)
+
+
+def start_script(data_dir, files, archive, url):
+  """Starts the script for the small data set in a process of its own."""
+  digests = {name: hashlib.sha256(data).hexdigest()
+             for name, data in files.items()}
+  constants = {
+      'RECORDS_PER_FILE': 10, 'FILE_SHA256': digests,
+      'ARCHIVE_SHA256': hashlib.sha256(archive.read_bytes()).hexdigest()}
+  return subprocess.Popen(
+      [sys.executable, '-c', 'import cifar10_download_and_extract as script\n'
+       f'vars(script).update({constants})\n'
+       'script.define_flags()\nscript.app.run(script.main)',
+       f'--data_dir={data_dir}', f'--data_url={url}'],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      cwd=os.path.dirname(SCRIPT))
+
+
+def test_killed_download(data_dir, files, archive, server):
+  server.behaviours = [lambda request: stalled(request) or time.sleep(30)]
+  process = start_script(data_dir, files, archive, server.url)
+  partial = data_dir / '.partial' / cifar10.ARCHIVE_NAME
+  while not partial.exists() or not partial.stat().st_size:
+    assert process.poll() is None
+  process.kill()
+  process.communicate()
+  process = start_script(data_dir, files, archive, server.url)
+  _, log = process.communicate()
+  assert (process.returncode, log) == (0, '')
+  assert_complete(data_dir, files, archive)
+  assert server.ranges == [None, f'bytes={cifar10.CHUNK_BYTES}-']
+
+
+def test_two_downloads_at_once(data_dir, files, archive, server):
+  def slow(request):
+    time.sleep(1)
+    good(request)
+
+  server.behaviours = [slow]
+  processes = [start_script(data_dir, files, archive, server.url)
+               for _ in range(3)]
+  outputs = [process.communicate() for process in processes]
+  assert [process.returncode for process in processes] == [0, 0, 0], outputs
+  assert len(server.ranges) == 1
+  assert_complete(data_dir, files, archive)
+  waited = ['Waiting for another run' in printed for printed, _ in outputs]
+  assert sorted(waited) == [False, True, True]
 
 
 def test_read_records(tmp_path):
@@ -286,7 +562,7 @@ def run_script(*arguments):
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (['--data_url=http://127.0.0.1:9/x'], 'Cannot fetch http://127.0.0.1:9/x'),
+    (['--data_url=file:///no/such/file'], 'Cannot fetch file:///no/such/file'),
     (['--data_url=ftp://127.0.0.1/x'], 'must begin with https://'),
     (['--skip_checksums'], '--skip_checksums needs another --data_url'),
     (['--no_such_flag'], "Unknown command line flag 'no_such_flag'"),

@@ -1,0 +1,26 @@
+"""Fixtures that several test modules share."""
+
+import os
+import subprocess
+
+import pytest
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """Mounts a file system of a given size, or gives it another size."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+
+  def mount(kilobytes):
+    remount = 'remount,' if os.path.ismount(folder) else ''
+    result = subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', f'{remount}size={kilobytes}k', 'tmpfs',
+         folder], capture_output=True, check=False)
+    if result.returncode:
+      pytest.skip('This user may not mount: see test_model_dir_without_room')
+    return folder
+
+  yield mount
+  if os.path.ismount(folder):
+    subprocess.run(['umount', folder], check=True)
