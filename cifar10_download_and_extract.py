@@ -346,6 +346,14 @@ def define_data_dir() -> None:
   flags.DEFINE_string(
       'data_dir', '/tmp/cifar10_data',
       f'Folder that holds {ARCHIVE_NAME} and {FOLDER_NAME}/.')
+  register_path_validator('data_dir')
+
+
+def register_path_validator(name: str) -> None:
+  """Lets a flag take what can be written to a log and to TensorFlow's files."""
+  flags.register_validator(
+      name, lambda path: path and path.isprintable(),
+      'must be a path, of characters that can be printed')
 
 
 def define_flags() -> None:
@@ -359,7 +367,8 @@ def define_flags() -> None:
       '--data_url. Sizes and labels must be right all the same.')
   flags.register_validator(
       'data_url',
-      lambda url: url.startswith(('https://', 'http://', 'file://')),
+      lambda url: (url.isprintable()
+                   and url.startswith(('https://', 'http://', 'file://'))),
       'must begin with https://, http:// or file://')
   flags.register_multi_flags_validator(
       ['data_url', 'skip_checksums'],

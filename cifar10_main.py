@@ -748,6 +748,7 @@ def define_flags() -> None:
       'model_dir', '/tmp/cifar10_model',
       'Folder of the checkpoints and TensorBoard events. By default, synthetic '
       'data has a folder of its own, with _synthetic behind the name.')
+  cifar10.register_path_validator('model_dir')
   flags.DEFINE_integer(
       'resnet_size', 32, 'Depth of the network, 6n + 2: 8, 14, 20, 32, 44, ...')
   flags.DEFINE_integer(

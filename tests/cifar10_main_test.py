@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 from absl import flags, logging
 import numpy as np
@@ -861,14 +862,6 @@ def test_does_not_save_what_is_not_finite(tmp_path):
   assert not contents(tmp_path)
 
 
-@pytest.fixture(scope='module')
-def script_flags():
-  cifar10_main.define_flags()
-  yield
-  for name in flags.FLAGS.flags_by_module_dict()[cifar10_main.__name__]:
-    delattr(flags.FLAGS, name.name)
-
-
 def run_main(*arguments):
   """Parses flags and runs main; returns what it exits with."""
   flags.FLAGS.unparse_flags()
@@ -876,7 +869,8 @@ def run_main(*arguments):
     flags.FLAGS([SCRIPT, *arguments])
   except flags.Error as error:
     return str(error)
-  with pytest.raises(SystemExit) as exit_info:
+  with (mock.patch.object(cifar10_main, 'note_signals', list),
+        pytest.raises(SystemExit) as exit_info):
     cifar10_main.main([SCRIPT])
   return exit_info.value.code
 
@@ -887,7 +881,8 @@ def run_main(*arguments):
     '--train_steps=-1', '--train_steps=1.5', '--steps_per_eval=0',
     '--steps_per_eval=x', '--batch_size=0', '--batch_size=-128',
     '--batch_size=50001', '--data_format=NCHW', '--eval_only=maybe',
-    '--dtype=half', '--xla=maybe'])
+    '--dtype=half', '--xla=maybe', '--save_checkpoints_secs=0', '--seed=-1',
+    '--model_dir=', '--model_dir=a\tb', '--data_dir=\udcff'])
 def test_flags_out_of_range(script_flags, flag):
   name = flag.partition('=')[0]
   message = run_main(flag)
@@ -938,6 +933,15 @@ def test_device_without_such_convolutions(
       f'--data_dir={data_dir}', f'--model_dir={tmp_path}/model', flag)
   assert message.endswith(f': {flag} does not run on this device: leave it out')
   assert not (tmp_path / 'model').exists()
+
+
+def test_too_little_memory(script_flags, monkeypatch):
+
+  def train_and_evaluate(*args):
+    raise tf.errors.ResourceExhaustedError(None, None, 'OOM')
+
+  monkeypatch.setattr(cifar10_main, 'train_and_evaluate', train_and_evaluate)
+  assert run_main().endswith('too little memory: try a smaller --batch_size')
 
 
 def test_model_dir_that_cannot_be_written(script_flags, data_dir):

@@ -3,7 +3,10 @@
 import os
 import subprocess
 
+from absl import flags
 import pytest
+
+import cifar10_main
 
 
 @pytest.fixture
@@ -24,3 +27,11 @@ def small_disk(tmp_path):
   yield mount
   if os.path.ismount(folder):
     subprocess.run(['umount', folder], check=True)
+
+
+@pytest.fixture(scope='module')
+def script_flags():
+  cifar10_main.define_flags()
+  yield
+  for name in flags.FLAGS.flags_by_module_dict()[cifar10_main.__name__]:
+    delattr(flags.FLAGS, name.name)
