@@ -50,10 +50,14 @@ def tensors(path):
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
-  """What a run that nothing disturbs takes, prints and ends with."""
+  """What a run that nothing disturbs prints and ends with.
+
+  And the seconds from its first checkpoint on.
+  """
   model_dir = tmp_path_factory.mktemp('undisturbed')
-  started = time.monotonic()
   process = start(model_dir)
+  wait_for_training(process, model_dir)
+  started = time.monotonic()
   printed, _ = finish(process)
   assert process.returncode == 0
   return {'seconds': time.monotonic() - started,
@@ -101,7 +105,8 @@ def test_killed_run(tmp_path, undisturbed, moment):
       wait_for(process, lambda: not list(tmp_path.glob('*_temp')))
       wait_for(process, lambda: list(tmp_path.glob('*_temp')))
   else:
-    time.sleep(undisturbed['seconds'] * chance.uniform(0.3, 0.95))
+    wait_for_training(process, tmp_path)
+    time.sleep(undisturbed['seconds'] * chance.uniform(0, 0.9))
   process.kill()
   printed, _ = process.communicate()
   assert process.returncode == -signal.SIGKILL
@@ -110,10 +115,9 @@ def test_killed_run(tmp_path, undisturbed, moment):
 
 @pytest.mark.parametrize('moment', each(range(10), quick=2))
 def test_signal(tmp_path, undisturbed, moment):
-  process = start(tmp_path)
+  process = start(tmp_path, '--save_checkpoints_secs=600')
   wait_for_training(process, tmp_path)
-  left = undisturbed['seconds'] / 2
-  time.sleep(left * random.Random(moment).uniform(0, 0.8))
+  time.sleep(undisturbed['seconds'] * random.Random(moment).uniform(0, 0.7))
   number = (signal.SIGTERM, signal.SIGINT)[moment % 2]
   process.send_signal(number)
   printed, log = finish(process)
