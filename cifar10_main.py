@@ -24,6 +24,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 
@@ -100,10 +101,14 @@ def synthetic_records(mode: str) -> np.ndarray:
   return np.column_stack([labels, images]).astype(np.uint8)
 
 
-def record_dataset(records: tf.Tensor, mode: str, batch_size: int,
-                   seed: int = 0, step: int = 0,
-                   steps_per_eval: int = 4000) -> tf.data.Dataset:
-  """Batches records, uint8 [N, 3073], each with its number, int64 [].
+def record_dataset(
+    records: tf.Tensor, mode: str, batch_size: int, seed: int = 0,
+    step: int = 0, steps_per_eval: int = 4000,
+    context: tf.distribute.InputContext | None = None) -> tf.data.Dataset:
+  """Batches records, uint8 [N, 3073], each with two numbers, int64 [].
+
+  These are the number of the batch, and where in it the records begin: not at 0
+  where several replicas share the batch. They take turns in the dataset.
 
   To train: shuffled without end, in each cycle of `steps_per_eval` batches
   anew, by `seed`; begins with batch number `step`. For other modes once and in
@@ -127,8 +132,26 @@ def record_dataset(records: tf.Tensor, mode: str, batch_size: int,
     batches = cycles.flat_map(batches_of).skip(step % steps_per_eval)
   else:
     batches = numbers.batch(batch_size)
-  return batches.enumerate(step).map(
-      lambda number, batch: (number, tf.gather(records, batch)),
+  context = context or tf.distribute.InputContext()
+  replicas = context.num_replicas_in_sync
+  replicas_here = replicas // context.num_input_pipelines
+  first_here = replicas_here * context.input_pipeline_id
+
+  def shares_of(number, batch):
+    size = tf.size(batch, tf.int64)
+
+    def share_of(replica):
+      begin = replica * size // replicas
+      share = batch[begin:(replica + 1) * size // replicas]
+      if mode == 'train':
+        share = tf.ensure_shape(share, [batch_size // replicas])
+      return number, begin, share
+
+    return tf.data.Dataset.range(
+        first_here, first_here + replicas_here).map(share_of)
+
+  return batches.enumerate(step).flat_map(shares_of).map(
+      lambda number, begin, share: (number, begin, tf.gather(records, share)),
       num_parallel_calls=PARALLEL_BATCHES)
 
 
@@ -143,20 +166,25 @@ def dataset_parser(records: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
   return tf.transpose(images, [0, 2, 3, 1]), tf.one_hot(labels, NUM_CLASSES)
 
 
-def train_preprocess_fn(images: tf.Tensor, labels: tf.Tensor,
-                        seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def train_preprocess_fn(
+    images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor,
+    begin: tf.Tensor | int = 0, batch_size: int | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
   """Pads each image, [N, 32, 32, 3], crops it at random, flips half of them.
 
   Comes before standardization, so that the padding is black, not mean grey.
-  The same seed, int64 [2], draws the same.
+  The same seed, int64 [2], draws the same, also for those images of a batch of
+  `batch_size` which begin at `begin`.
   """
+  number = tf.shape(images)[0]
   # As rows of 96 values: tf.pad takes three times as long for rows of pixels.
   images = tf.reshape(images, [-1, HEIGHT, WIDTH * DEPTH])
   images = tf.pad(
       images, [[0, 0], [PADDING, PADDING], [PADDING * DEPTH, PADDING * DEPTH]])
   corners = 2 * PADDING + 1  # in each direction
   view = tf.random.stateless_uniform(
-      [tf.shape(images)[0], 1], seed, 0, corners * corners * 2, tf.int32)
+      [batch_size or number, 1], seed, 0, corners * corners * 2, tf.int32)
+  view = view[begin:][:number]
   top, left, flip = view // 2 // corners, view // 2 % corners, view % 2
   rows = top + tf.range(HEIGHT)  # [N, 32]
   columns = left + tf.where(
@@ -168,7 +196,9 @@ def train_preprocess_fn(images: tf.Tensor, labels: tf.Tensor,
 
 def input_fn(mode: str, data_dir: str | None, batch_size: int,
              use_synthetic_data: bool = False, seed: int = 0, step: int = 0,
-             steps_per_eval: int = 4000) -> tf.data.Dataset:
+             steps_per_eval: int = 4000,
+             context: tf.distribute.InputContext | None = None
+             ) -> tf.data.Dataset:
   """Reads and checks all records of a mode, and returns them as batches.
 
   Args:
@@ -182,6 +212,8 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     step: How many steps are trained already: batches that are left out.
     steps_per_eval: Batches of a cycle. Each cycle shuffles all records anew, as
       the original's input did, which was started for each.
+    context: Of several replicas, which are the ones to serve: each gets its
+      share of the batch.
 
   Returns:
     Dataset of standardized images, float32 [N, 32, 32, 3], and one-hot labels,
@@ -201,14 +233,15 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
   logging.info('%s records to %s from %s', f'{len(records):,}',
                'train' if mode == 'train' else 'evaluate', source)
 
-  def preprocess(number, records):
+  def preprocess(number, begin, records):
     images, labels = dataset_parser(records)
     if mode == 'train':
-      images, labels = train_preprocess_fn(images, labels, [seed, number])
+      images, labels = train_preprocess_fn(
+          images, labels, [seed, number], begin, batch_size)
     return tf.image.per_image_standardization(images), labels
 
   dataset = record_dataset(
-      records, mode, batch_size, seed, step, steps_per_eval)
+      records, mode, batch_size, seed, step, steps_per_eval, context)
   dataset = dataset.map(preprocess, num_parallel_calls=PARALLEL_BATCHES)
   options = tf.data.Options()
   # Rewriting the pipeline would copy the records and gain nothing. Tuning it
@@ -217,7 +250,7 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
   options.autotune.enabled = False
   dataset = dataset.with_options(options)
   gpus = tf.config.list_logical_devices('GPU')
-  if gpus:
+  if gpus and context is None:  # else the distribution does that
     return dataset.apply(tf.data.experimental.prefetch_to_device(
         gpus[0].name, PREFETCH_BATCHES))
   return dataset.prefetch(PREFETCH_BATCHES)
@@ -280,6 +313,20 @@ class TrainState(tf.Module):
     self.seed = tf.Variable(seed, False, name='seed', dtype=tf.int64)
     self.train_accuracy = tf.Variable(
         [0, 0], False, name='train_accuracy', dtype=tf.int64)
+
+  def take_from_first_replica(self) -> None:
+    """Gives all replicas, on all machines, the values of the first one."""
+
+    def values_of_first():
+      context = tf.distribute.get_replica_context()
+      is_first = tf.equal(context.replica_id_in_sync_group, 0)
+      return context.all_reduce('SUM', [
+          tf.where(is_first, variable, tf.zeros_like(variable))
+          for variable in self.variables])
+
+    values = tf.distribute.get_strategy().run(values_of_first)
+    for variable, value in zip(self.variables, first_of_replicas(values)):
+      variable.assign(value)
 
 
 def tf1_name(variable: tf.Variable) -> str:
@@ -427,30 +474,66 @@ def reason(error: Exception) -> str:
   return re.sub(r'\{\{.*?\}\} ?| \[Op:.*', '', str(error).partition('\n')[0])
 
 
-def train_step(state: TrainState, schedule: Callable, features: tf.Tensor,
-               labels: tf.Tensor) -> dict[str, tf.Tensor]:
-  """Trains one batch.
+def compute_gradients(
+    state: TrainState, features: tf.Tensor, labels: tf.Tensor
+    ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
+  """Returns a replica's part of the gradients, and of what is logged.
+
+  The sum of the parts of all replicas is that of the whole batch: its mean
+  cross entropy, and the weight decay once.
+  """
+  variables = state.network.trainable_variables
+  replicas = tf.distribute.get_strategy().num_replicas_in_sync
+  scale = FP16_LOSS_SCALE if state.network.dtype == tf.float16 else 1
+  with tf.GradientTape() as tape:
+    outputs = model_fn(features, labels, 'train', state.network)
+    scaled_loss = scale / replicas * outputs['loss']
+  gradients = [gradient / scale
+               for gradient in tape.gradient(scaled_loss, variables)]
+  return gradients, {'cross_entropy': outputs['cross_entropy'] / replicas,
+                     'loss': outputs['loss'] / replicas,
+                     'correct': outputs['correct']}
+
+
+def train_step(state: TrainState, schedule: Callable, compute: Callable,
+               features: tf.Tensor, labels: tf.Tensor) -> dict[str, tf.Tensor]:
+  """Trains one batch, or a replica's share of it together with the others.
+
+  Args:
+    state: What is trained.
+    schedule: The learning rate by step.
+    compute: compute_gradients, compiled or not, of this state.
+    features: Standardized images, float32 [N, 32, 32, 3].
+    labels: One-hot, float32 [N, 10].
 
   Returns:
     What is logged of a step, from before its update: cross_entropy, loss and
     learning_rate, float32 []; correct, int64 []; up to six of the images.
   """
   variables = state.network.trainable_variables
-  scale = FP16_LOSS_SCALE if state.network.dtype == tf.float16 else 1
-  with tf.GradientTape() as tape:
-    outputs = model_fn(features, labels, 'train', state.network)
-    scaled_loss = scale * outputs['loss']
-  gradients = tape.gradient(scaled_loss, variables)
+  gradients, values = compute(features, labels)
+  strategy = tf.distribute.get_strategy()
+  replicas = strategy.num_replicas_in_sync
+  if replicas > 1:
+    # Each normalizes its own share of the batch. The moving averages become the
+    # mean over the replicas.
+    averages = [v for v in state.network.variables if not v.trainable]
+    gradients, values, moving = (
+        tf.distribute.get_replica_context().all_reduce('SUM', [
+            gradients, values, [v.read_value() / replicas for v in averages]]))
+    for variable, value in zip(averages, moving):
+      variable.assign(value)
   learning_rate = schedule(state.global_step)
   for variable, accum, gradient in zip(variables, state.momentum, gradients):
     # accum = 0.9 * accum + gradient; variable -= learning_rate * accum. Keras
     # accumulates the learning rate too: other numbers after each of its drops.
     tf.raw_ops.ResourceApplyMomentum(
         var=variable.handle, accum=accum.handle, lr=learning_rate,
-        grad=gradient / scale, momentum=MOMENTUM)
-  state.global_step.assign_add(1)
-  return {'cross_entropy': outputs['cross_entropy'], 'loss': outputs['loss'],
-          'learning_rate': learning_rate, 'correct': outputs['correct'],
+        grad=gradient, momentum=MOMENTUM)
+  # Each replica has its own copy, as of the other variables.
+  tf.raw_ops.AssignAddVariableOp(
+      resource=state.global_step.handle, value=tf.constant(1, tf.int64))
+  return {**values, 'learning_rate': learning_rate,
           'images': features[:NUM_SUMMARY_IMAGES]}
 
 
@@ -465,7 +548,12 @@ def make_train_step(state: TrainState, batch_size: int,
                     xla: bool = False) -> Callable:
   """Returns train_step as compiled `step(features, labels)`, by XLA or not."""
   schedule = learning_rate_schedule(batch_size)
-  return tf.function(functools.partial(train_step, state, schedule),
+  compute = functools.partial(compute_gradients, state)
+  if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+    # XLA cannot compile what the replicas exchange.
+    compute = tf.function(compute, jit_compile=xla)
+    return functools.partial(train_step, state, schedule, compute)
+  return tf.function(functools.partial(train_step, state, schedule, compute),
                      jit_compile=xla)
 
 
@@ -477,7 +565,9 @@ def make_inner_loop(state: TrainState, batch_size: int,
   int64 [], after how many steps the loss was not finite any more.
   """
   step = make_train_step(state, batch_size, xla)
-  num_images = min(batch_size, NUM_SUMMARY_IMAGES)
+  strategy = tf.distribute.get_strategy()
+  num_images = min(
+      batch_size // strategy.num_replicas_in_sync, NUM_SUMMARY_IMAGES)
 
   @tf.function
   def inner_loop(iterator, num_steps):
@@ -486,7 +576,7 @@ def make_inner_loop(state: TrainState, batch_size: int,
               'images': tf.zeros([num_images, HEIGHT, WIDTH, DEPTH])}
     finite_steps = tf.constant(0, tf.int64)
     for _ in tf.range(num_steps):
-      values = step(*next(iterator))
+      values = first_of_replicas(strategy.run(step, next(iterator)))
       finite_steps += tf.cast(tf.math.is_finite(values['loss']), tf.int64)
     return {**values, 'finite_steps': finite_steps}
 
@@ -533,7 +623,8 @@ def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
       yield step, values
     else:
       yield step, {}
-    num_steps = max(1, int(num_steps * PIECE_SECONDS / (now - started)))
+    num_steps = int(num_steps * PIECE_SECONDS / (now - started))
+    num_steps = max(1, total(num_steps) // total(1))  # the same everywhere
   logging.info('Loss for final step: %s.', values['loss'])
 
 
@@ -571,16 +662,26 @@ def make_eval_loop(network: resnet_model.Cifar10ResnetV2) -> Callable:
   It returns accuracy over all images and loss, the plain mean over the batches,
   in which the last one counts like the others although it is short.
   """
+  strategy = tf.distribute.get_strategy()
+
+  def eval_step(features, labels):
+    outputs = model_fn(features, labels, 'eval', network)
+    images = tf.shape(labels, tf.int64)[0]
+    # Of a short batch some replicas may have no image, and no mean.
+    loss = tf.math.multiply_no_nan(
+        outputs['loss'], tf.cast(images, tf.float32))
+    return tf.distribute.get_replica_context().all_reduce(
+        'SUM', (loss, outputs['correct'], images))
 
   @tf.function
   def eval_loop(iterator):
     loss, correct = 0.0, tf.constant(0, tf.int64)
     images, batches = tf.constant(0, tf.int64), 0.0
-    for features, labels in iterator:
-      outputs = model_fn(features, labels, 'eval', network)
-      loss += outputs['loss']
-      correct += outputs['correct']
-      images += tf.shape(labels, tf.int64)[0]
+    for batch in iterator:
+      sums = first_of_replicas(strategy.run(eval_step, batch))
+      loss += sums[0] / tf.cast(sums[2], tf.float32)
+      correct += sums[1]
+      images += sums[2]
       batches += 1
     return correct / images, loss / batches
 
@@ -600,7 +701,8 @@ def evaluate(eval_loop: Callable, iterator: Iterator, path: str,
              'global_step': step}
   logging.info('Saving dict for global step %d: %s', step, ', '.join(
       f'{name} = {results[name]}' for name in sorted(results)))
-  print(results, flush=True)
+  if is_chief():
+    print(results, flush=True)
   return results
 
 
@@ -615,38 +717,47 @@ def train_and_evaluate(
     data_format: str | None = None, dtype: str = 'fp32', xla: str = 'auto',
     seed: int | None = None, use_synthetic_data: bool = False,
     eval_only: bool = False,
-    interrupted: Callable[[], bool] = lambda: False) -> None:
+    interrupted: Callable[[], bool] = lambda: False) -> bool:
   """Trains and evaluates in turn, up to `train_steps` in all.
 
-  Goes on from the newest checkpoint in `model_dir`. The arguments are the flags
-  of the same names, and `interrupted`, which is asked after each piece of about
-  a second whether to save and return.
+  Goes on from the newest checkpoint in `model_dir`. In the scope of a
+  tf.distribute strategy, all its replicas share each batch.
+
+  Args:
+    interrupted: Is asked after each piece of about a second whether to save and
+      return. The others are the flags of the same names.
+
+  Returns:
+    Whether all is done: False if it was interrupted, here or elsewhere.
 
   Raises:
     Cifar10Error: Data, checkpoint or model folder are not as they should be, or
       the loss is not finite any more.
     OSError: The model folder cannot be written.
   """
-  eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
+  eval_data = distributed_input(
+      'eval', data_dir, batch_size, use_synthetic_data)
   state = make_state(resnet_size, data_format, dtype, seed)
   checkpoints = Checkpoints(model_dir, state, save_checkpoints_secs)
   steps_there = checkpoints.steps()
   path = checkpoints.restore_newest()
+  if eval_only and path is None and is_chief():
+    raise Cifar10Error(f'{model_dir} holds no checkpoint to evaluate: train '
+                       'first, or name another --model_dir')
+  state.take_from_first_replica()
   step = state.global_step.numpy().item()
   eval_loop = make_eval_loop(state.network)
   if eval_only:
-    if path is None:
-      raise Cifar10Error(f'{model_dir} holds no checkpoint to evaluate: train '
-                         'first, or name another --model_dir')
     evaluate(eval_loop, iter(eval_data), path, step)
-    return
+    return True
 
   run_seed = state.seed.numpy().item()
   if seed not in (None, run_seed):
     raise Cifar10Error(f'{model_dir} was trained with --seed={run_seed}, not '
                        f'{seed}: leave it out, or name another --model_dir')
-  train_data = input_fn('train', data_dir, batch_size, use_synthetic_data,
-                        run_seed, step, steps_per_eval)
+  train_data = distributed_input('train', data_dir, batch_size,
+                                 use_synthetic_data, run_seed, step,
+                                 steps_per_eval)
   with cifar10.sole_use(model_dir):
     if checkpoints.steps() != steps_there:
       raise Cifar10Error(f'Another run has just saved in {model_dir}: start '
@@ -661,7 +772,8 @@ def train_and_evaluate(
     # One input for all cycles: the next one's first batches are ready when an
     # evaluation ends.
     iterator = iter(train_data)
-    while True:
+    stop = False
+    while not stop:
       # A run that was killed at the end of a cycle still owes its evaluation.
       if step >= train_steps or (step and step % steps_per_eval == 0):
         results = evaluate(eval_loop, iter(eval_data), path, step)
@@ -671,7 +783,7 @@ def train_and_evaluate(
         train_writer.flush()
         eval_writer.flush()
       if step >= train_steps:
-        return
+        break
       # Cycles end at multiples of steps_per_eval, after an interruption too.
       cycle_start = step - step % steps_per_eval
       last_step = min(cycle_start + steps_per_eval, train_steps)
@@ -679,13 +791,57 @@ def train_and_evaluate(
                                 last_step, batch_size):
         for hook in hooks if values else ():
           hook(step, values)
-        stop = interrupted()
+        stop = total(interrupted()) > 0
         if stop or step == last_step or checkpoints.is_due():
           path = checkpoints.save()
         if stop:
           logging.warning('Stopped after step %d, saved as %s: the same '
                           'command goes on from there', step, path)
-          return
+          break
+    total(0)  # no machine leaves before all have written
+    return not stop
+
+
+def is_chief() -> bool:
+  """Tells whether this is, of all machines, the one that saves and prints."""
+  resolver = tf.distribute.get_strategy().cluster_resolver
+  if resolver is None or not resolver.task_type:
+    return True
+  return resolver.task_type == 'chief' or (
+      resolver.task_id == 0 and 'chief' not in resolver.cluster_spec().jobs)
+
+
+def first_of_replicas(values: list | tuple | dict) -> list | tuple | dict:
+  """Returns the values of the first replica on this machine."""
+  strategy = tf.distribute.get_strategy()
+  return tf.nest.map_structure(
+      lambda value: strategy.experimental_local_results(value)[0], values)
+
+
+def total(value: int) -> int:
+  """Returns the sum of the machines' values; all have to call this."""
+
+  def sum_over_replicas():
+    return tf.distribute.get_replica_context().all_reduce(
+        'SUM', tf.constant(value, tf.int64))
+
+  sums = tf.distribute.get_strategy().run(sum_over_replicas)
+  local_sums = tf.distribute.get_strategy().experimental_local_results(sums)
+  return local_sums[0].numpy().item() // len(local_sums)
+
+
+def distributed_input(mode: str, data_dir: str | None, batch_size: int,
+                      *args) -> Iterable:
+  """Returns the dataset of input_fn, shared out to all replicas."""
+  strategy = tf.distribute.get_strategy()
+  replicas = strategy.num_replicas_in_sync
+  if batch_size % replicas:
+    raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
+                       f'{replicas} replicas that share it: make it one')
+  if replicas == 1:
+    return input_fn(mode, data_dir, batch_size, *args)
+  return strategy.distribute_datasets_from_function(
+      lambda context: input_fn(mode, data_dir, batch_size, *args, context))
 
 
 def make_state(resnet_size: int, data_format: str | None, dtype: str,
@@ -717,9 +873,12 @@ def log_run(state: TrainState, resnet_size: int, xla: str, train_steps: int,
             batch_size: int) -> None:
   """Logs what the run will use and do."""
   device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
-  for gpu in tf.config.list_physical_devices('GPU')[:1]:
+  for gpu in tf.config.get_visible_devices('GPU')[:1]:
     details = tf.config.experimental.get_device_details(gpu)
     device = details.get('device_name', 'GPU')
+  replicas = tf.distribute.get_strategy().num_replicas_in_sync
+  if replicas > 1:
+    device = f'{replicas} replicas: {device}'
   network = state.network
   parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
   logging.info('ResNet-%d, %s parameters, %s, %s, XLA %s, on %s, seed %d',
@@ -776,6 +935,10 @@ def define_flags() -> None:
       'xla', 'auto', ['auto', 'on', 'off'],
       'Compile the training step by XLA. auto: on a GPU, not on a CPU.')
   flags.DEFINE_integer(
+      'num_gpus', None,
+      'GPUs to use on this machine, -1: all, 0: the CPU. By default one, if '
+      'there is one. They share each batch.', lower_bound=-1)
+  flags.DEFINE_integer(
       'seed', None,
       'Draws the initial values and the batches. A run with a seed can be '
       'repeated exactly; without one it draws one and logs it.',
@@ -814,10 +977,39 @@ def note_signals() -> list[int]:
   return noted
 
 
+def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
+  """Returns what spreads the training: over GPUs, or over machines.
+
+  The machines are those that the environment variable TF_CONFIG names.
+
+  Raises:
+    Cifar10Error: There are not so many GPUs, or TF_CONFIG cannot be read.
+  """
+  gpus = tf.config.list_physical_devices('GPU')
+  if num_gpus is None:
+    num_gpus = min(1, len(gpus))
+  if num_gpus > len(gpus):
+    raise Cifar10Error(f'--num_gpus={num_gpus} is more than the {len(gpus)} '
+                       'that TensorFlow finds here: lower it, or leave it out')
+  if num_gpus >= 0:
+    gpus = gpus[:num_gpus]
+  tf.config.set_visible_devices(gpus, 'GPU')
+  try:
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    machines = sum(map(len, resolver.cluster_spec().as_dict().values()))
+    if machines > 1:
+      return tf.distribute.MultiWorkerMirroredStrategy(resolver)
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    raise Cifar10Error(f'TF_CONFIG names no cluster of workers ({error}): '
+                       'correct it, or unset it') from None
+  if len(gpus) > 1:
+    return tf.distribute.MirroredStrategy(
+        [f'GPU:{i}' for i in range(len(gpus))])
+  return tf.distribute.get_strategy()
+
+
 def main(argv: list[str]) -> int:
   values = flags.FLAGS
-  if values['verbosity'].using_default_value:
-    logging.set_verbosity(logging.INFO)
   if values.seed is not None:
     tf.config.experimental.enable_op_determinism()
   model_dir = values.model_dir
@@ -828,12 +1020,19 @@ def main(argv: list[str]) -> int:
   try:
     if len(argv) > 1:
       raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
-    train_and_evaluate(
-        values.data_dir, os.path.normpath(model_dir), values.resnet_size,
-        values.train_steps, values.steps_per_eval, values.batch_size,
-        values.save_checkpoints_secs, values.data_format, values.dtype,
-        values.xla, values.seed, values.use_synthetic_data, values.eval_only,
-        lambda: bool(signals))
+    strategy = make_strategy(values.num_gpus)
+    with strategy.scope(), tempfile.TemporaryDirectory() as scratch:
+      if values['verbosity'].using_default_value:
+        logging.set_verbosity(logging.INFO if is_chief() else logging.WARNING)
+      if not is_chief():
+        logging.warning('The first machine logs, saves and prints')
+        model_dir = scratch
+      finished = train_and_evaluate(
+          values.data_dir, os.path.normpath(model_dir), values.resnet_size,
+          values.train_steps, values.steps_per_eval, values.batch_size,
+          values.save_checkpoints_secs, values.data_format, values.dtype,
+          values.xla, values.seed, values.use_synthetic_data, values.eval_only,
+          lambda: bool(signals))
   except Cifar10Error as error:
     message = str(error)
   except OSError as error:
@@ -841,8 +1040,15 @@ def main(argv: list[str]) -> int:
                '--model_dir')
   except tf.errors.ResourceExhaustedError:
     message = 'The device has too little memory: try a smaller --batch_size'
+  except tf.errors.OpError as error:
+    if strategy.cluster_resolver is None:
+      raise
+    message = (f'Another machine does not answer ({reason(error)}): start all '
+               'again, they go on from the last checkpoint')
   else:
-    return 128 + signals[0] if signals else 0
+    if finished and not signals:
+      return 0
+    return 128 + (signals or [signal.SIGTERM])[0]
   return sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')
 
 

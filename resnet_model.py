@@ -30,9 +30,13 @@ class BatchNormRelu(tf.Module):
     zeros, ones = tf.zeros([channels]), tf.ones([channels])
     self.gamma = tf.Variable(ones, name=f'{name}/gamma')
     self.beta = tf.Variable(zeros, name=f'{name}/beta')
-    self.moving_mean = tf.Variable(zeros, False, name=f'{name}/moving_mean')
+    # On several devices, each updates its own; all are one again after a step.
+    local = {'trainable': False,
+             'synchronization': tf.VariableSynchronization.ON_READ,
+             'aggregation': tf.VariableAggregation.ONLY_FIRST_REPLICA}
+    self.moving_mean = tf.Variable(zeros, name=f'{name}/moving_mean', **local)
     self.moving_variance = tf.Variable(
-        ones, False, name=f'{name}/moving_variance')
+        ones, name=f'{name}/moving_variance', **local)
 
   def __call__(self, inputs: tf.Tensor, training: bool) -> tf.Tensor:
     # For training, the operation wants empty moments and returns the batch's.

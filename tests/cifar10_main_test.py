@@ -354,7 +354,8 @@ def test_evaluation_sees_each_image_once_in_order(tmp_path):
 
 def record_numbers(dataset, count):
   """Returns the numbers of the records in the next batches, [count, N]."""
-  steps, batches = zip(*dataset.take(count))
+  steps, begins, batches = zip(*dataset.take(count))
+  assert not np.any(begins)
   assert [int(step) for step in steps] == list(
       range(int(steps[0]), int(steps[0]) + count))
   return np.array([batch[:, 1].numpy().astype(int) * 100 + batch[:, 2]
