@@ -320,9 +320,8 @@ class TrainState(tf.Module):
     def values_of_first():
       context = tf.distribute.get_replica_context()
       is_first = tf.equal(context.replica_id_in_sync_group, 0)
-      return context.all_reduce('SUM', [
-          tf.where(is_first, variable, tf.zeros_like(variable))
-          for variable in self.variables])
+      return [context.all_reduce('SUM', tf.where(is_first, v, tf.zeros_like(v)))
+              for v in self.variables]
 
     values = tf.distribute.get_strategy().run(values_of_first)
     for variable, value in zip(self.variables, first_of_replicas(values)):
@@ -492,7 +491,7 @@ def compute_gradients(
                for gradient in tape.gradient(scaled_loss, variables)]
   return gradients, {'cross_entropy': outputs['cross_entropy'] / replicas,
                      'loss': outputs['loss'] / replicas,
-                     'correct': outputs['correct']}
+                     'correct': tf.cast(outputs['correct'], tf.float32)}
 
 
 def train_step(state: TrainState, schedule: Callable, compute: Callable,
@@ -533,7 +532,8 @@ def train_step(state: TrainState, schedule: Callable, compute: Callable,
   # Each replica has its own copy, as of the other variables.
   tf.raw_ops.AssignAddVariableOp(
       resource=state.global_step.handle, value=tf.constant(1, tf.int64))
-  return {**values, 'learning_rate': learning_rate,
+  return {**values, 'correct': tf.cast(values['correct'], tf.int64),
+          'learning_rate': learning_rate,
           'images': features[:NUM_SUMMARY_IMAGES]}
 
 
@@ -549,12 +549,19 @@ def make_train_step(state: TrainState, batch_size: int,
   """Returns train_step as compiled `step(features, labels)`, by XLA or not."""
   schedule = learning_rate_schedule(batch_size)
   compute = functools.partial(compute_gradients, state)
-  if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-    # XLA cannot compile what the replicas exchange.
-    compute = tf.function(compute, jit_compile=xla)
-    return functools.partial(train_step, state, schedule, compute)
-  return tf.function(functools.partial(train_step, state, schedule, compute),
-                     jit_compile=xla)
+  replicas = tf.distribute.get_strategy().num_replicas_in_sync
+  if replicas == 1:
+    return tf.function(functools.partial(train_step, state, schedule, compute),
+                       jit_compile=xla)
+  # XLA cannot compile what the replicas exchange.
+  compute = tf.function(compute, jit_compile=xla)
+
+  def step(features, labels):  # of which the distribution has lost the shape
+    features = tf.ensure_shape(
+        features, [batch_size // replicas, HEIGHT, WIDTH, DEPTH])
+    return train_step(state, schedule, compute, features, labels)
+
+  return step
 
 
 def make_inner_loop(state: TrainState, batch_size: int,
@@ -665,13 +672,15 @@ def make_eval_loop(network: resnet_model.Cifar10ResnetV2) -> Callable:
   strategy = tf.distribute.get_strategy()
 
   def eval_step(features, labels):
-    outputs = model_fn(features, labels, 'eval', network)
-    images = tf.shape(labels, tf.int64)[0]
-    # Of a short batch some replicas may have no image, and no mean.
-    loss = tf.math.multiply_no_nan(
-        outputs['loss'], tf.cast(images, tf.float32))
+    loss, correct, images = 0.0, 0.0, 0.0
+    # Of a short batch some replicas may have no image, and convolutions fail.
+    if strategy.num_replicas_in_sync == 1 or tf.size(labels) > 0:
+      outputs = model_fn(features, labels, 'eval', network)
+      images = tf.cast(tf.shape(labels)[0], tf.float32)
+      loss = outputs['loss'] * images
+      correct = tf.cast(outputs['correct'], tf.float32)
     return tf.distribute.get_replica_context().all_reduce(
-        'SUM', (loss, outputs['correct'], images))
+        'SUM', (loss, correct, images))
 
   @tf.function
   def eval_loop(iterator):
@@ -679,9 +688,9 @@ def make_eval_loop(network: resnet_model.Cifar10ResnetV2) -> Callable:
     images, batches = tf.constant(0, tf.int64), 0.0
     for batch in iterator:
       sums = first_of_replicas(strategy.run(eval_step, batch))
-      loss += sums[0] / tf.cast(sums[2], tf.float32)
-      correct += sums[1]
-      images += sums[2]
+      loss += sums[0] / sums[2]
+      correct += tf.cast(sums[1], tf.int64)
+      images += tf.cast(sums[2], tf.int64)
       batches += 1
     return correct / images, loss / batches
 
@@ -744,7 +753,8 @@ def train_and_evaluate(
   if eval_only and path is None and is_chief():
     raise Cifar10Error(f'{model_dir} holds no checkpoint to evaluate: train '
                        'first, or name another --model_dir')
-  state.take_from_first_replica()
+  if on_machines():
+    state.take_from_first_replica()
   step = state.global_step.numpy().item()
   eval_loop = make_eval_loop(state.network)
   if eval_only:
@@ -802,11 +812,17 @@ def train_and_evaluate(
     return not stop
 
 
+def on_machines() -> bool:
+  """Tells whether this process is one of several, on as many machines."""
+  return isinstance(tf.distribute.get_strategy(),
+                    tf.distribute.MultiWorkerMirroredStrategy)
+
+
 def is_chief() -> bool:
   """Tells whether this is, of all machines, the one that saves and prints."""
-  resolver = tf.distribute.get_strategy().cluster_resolver
-  if resolver is None or not resolver.task_type:
+  if not on_machines():
     return True
+  resolver = tf.distribute.get_strategy().cluster_resolver
   return resolver.task_type == 'chief' or (
       resolver.task_id == 0 and 'chief' not in resolver.cluster_spec().jobs)
 
@@ -820,6 +836,8 @@ def first_of_replicas(values: list | tuple | dict) -> list | tuple | dict:
 
 def total(value: int) -> int:
   """Returns the sum of the machines' values; all have to call this."""
+  if not on_machines():
+    return value
 
   def sum_over_replicas():
     return tf.distribute.get_replica_context().all_reduce(
@@ -841,7 +859,8 @@ def distributed_input(mode: str, data_dir: str | None, batch_size: int,
   if replicas == 1:
     return input_fn(mode, data_dir, batch_size, *args)
   return strategy.distribute_datasets_from_function(
-      lambda context: input_fn(mode, data_dir, batch_size, *args, context))
+      lambda context: input_fn(
+          mode, data_dir, batch_size, *args, context=context))
 
 
 def make_state(resnet_size: int, data_format: str | None, dtype: str,
@@ -1041,7 +1060,7 @@ def main(argv: list[str]) -> int:
   except tf.errors.ResourceExhaustedError:
     message = 'The device has too little memory: try a smaller --batch_size'
   except tf.errors.OpError as error:
-    if strategy.cluster_resolver is None:
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
       raise
     message = (f'Another machine does not answer ({reason(error)}): start all '
                'again, they go on from the last checkpoint')
