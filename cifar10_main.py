@@ -134,23 +134,20 @@ def record_dataset(
     batches = numbers.batch(batch_size)
   context = context or tf.distribute.InputContext()
   replicas = context.num_replicas_in_sync
-  replicas_here = replicas // context.num_input_pipelines
-  first_here = replicas_here * context.input_pipeline_id
+  here = replicas // context.num_input_pipelines
+  first = context.input_pipeline_id * here
 
   def shares_of(number, batch):
-    size = tf.size(batch, tf.int64)
+    shares = tf.reshape(batch, [replicas, -1])[first:first + here]
+    begins = tf.range(first, first + here) * (batch_size // replicas)
+    return tf.data.Dataset.from_tensor_slices(
+        (tf.fill([here], number), begins, shares))
 
-    def share_of(replica):
-      begin = replica * size // replicas
-      share = batch[begin:(replica + 1) * size // replicas]
-      if mode == 'train':
-        share = tf.ensure_shape(share, [batch_size // replicas])
-      return number, begin, share
-
-    return tf.data.Dataset.range(
-        first_here, first_here + replicas_here).map(share_of)
-
-  return batches.enumerate(step).flat_map(shares_of).map(
+  batches = batches.enumerate(step).flat_map(shares_of)
+  if mode == 'train':  # else the replicas ask each other at each step
+    batches = batches.apply(
+        tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+  return batches.map(
       lambda number, begin, share: (number, begin, tf.gather(records, share)),
       num_parallel_calls=PARALLEL_BATCHES)
 
@@ -352,13 +349,16 @@ class Checkpoints:
     self._not_in_2017 = tf1_name(state.seed), tf1_name(state.train_accuracy)
     # It deletes only what it wrote itself: files of 2017 stay, and those that
     # a `checkpoint` file copied from another folder may name.
+    checkpoint = tf.train.Checkpoint(**self._variables)
     try:
       self._manager = tf.train.CheckpointManager(
-          tf.train.Checkpoint(**self._variables), model_dir, KEEP_CHECKPOINTS,
-          checkpoint_name='model.ckpt')
+          checkpoint, model_dir, KEEP_CHECKPOINTS, checkpoint_name='model.ckpt')
     except ValueError:  # of what it has read
       raise Cifar10Error(f'{model_dir}/checkpoint is damaged: delete it, the '
                          'model.ckpt-* files are enough') from None
+    # A variable, which all machines have to make at the same time: not only
+    # when one of them saves.
+    self._save_counter = checkpoint.save_counter
     self._save_seconds = save_seconds
     self._saved_at = time.monotonic()
 
@@ -549,19 +549,12 @@ def make_train_step(state: TrainState, batch_size: int,
   """Returns train_step as compiled `step(features, labels)`, by XLA or not."""
   schedule = learning_rate_schedule(batch_size)
   compute = functools.partial(compute_gradients, state)
-  replicas = tf.distribute.get_strategy().num_replicas_in_sync
-  if replicas == 1:
+  if tf.distribute.get_strategy().num_replicas_in_sync == 1:
     return tf.function(functools.partial(train_step, state, schedule, compute),
                        jit_compile=xla)
   # XLA cannot compile what the replicas exchange.
   compute = tf.function(compute, jit_compile=xla)
-
-  def step(features, labels):  # of which the distribution has lost the shape
-    features = tf.ensure_shape(
-        features, [batch_size // replicas, HEIGHT, WIDTH, DEPTH])
-    return train_step(state, schedule, compute, features, labels)
-
-  return step
+  return functools.partial(train_step, state, schedule, compute)
 
 
 def make_inner_loop(state: TrainState, batch_size: int,
@@ -669,28 +662,16 @@ def make_eval_loop(network: resnet_model.Cifar10ResnetV2) -> Callable:
   It returns accuracy over all images and loss, the plain mean over the batches,
   in which the last one counts like the others although it is short.
   """
-  strategy = tf.distribute.get_strategy()
-
-  def eval_step(features, labels):
-    loss, correct, images = 0.0, 0.0, 0.0
-    # Of a short batch some replicas may have no image, and convolutions fail.
-    if strategy.num_replicas_in_sync == 1 or tf.size(labels) > 0:
-      outputs = model_fn(features, labels, 'eval', network)
-      images = tf.cast(tf.shape(labels)[0], tf.float32)
-      loss = outputs['loss'] * images
-      correct = tf.cast(outputs['correct'], tf.float32)
-    return tf.distribute.get_replica_context().all_reduce(
-        'SUM', (loss, correct, images))
 
   @tf.function
   def eval_loop(iterator):
     loss, correct = 0.0, tf.constant(0, tf.int64)
     images, batches = tf.constant(0, tf.int64), 0.0
-    for batch in iterator:
-      sums = first_of_replicas(strategy.run(eval_step, batch))
-      loss += sums[0] / sums[2]
-      correct += tf.cast(sums[1], tf.int64)
-      images += tf.cast(sums[2], tf.int64)
+    for features, labels in iterator:
+      outputs = model_fn(features, labels, 'eval', network)
+      loss += outputs['loss']
+      correct += outputs['correct']
+      images += tf.shape(labels, tf.int64)[0]
       batches += 1
     return correct / images, loss / batches
 
@@ -710,8 +691,7 @@ def evaluate(eval_loop: Callable, iterator: Iterator, path: str,
              'global_step': step}
   logging.info('Saving dict for global step %d: %s', step, ', '.join(
       f'{name} = {results[name]}' for name in sorted(results)))
-  if is_chief():
-    print(results, flush=True)
+  print(results, flush=True)
   return results
 
 
@@ -744,8 +724,7 @@ def train_and_evaluate(
       the loss is not finite any more.
     OSError: The model folder cannot be written.
   """
-  eval_data = distributed_input(
-      'eval', data_dir, batch_size, use_synthetic_data)
+  eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
   state = make_state(resnet_size, data_format, dtype, seed)
   checkpoints = Checkpoints(model_dir, state, save_checkpoints_secs)
   steps_there = checkpoints.steps()
@@ -758,16 +737,17 @@ def train_and_evaluate(
   step = state.global_step.numpy().item()
   eval_loop = make_eval_loop(state.network)
   if eval_only:
-    evaluate(eval_loop, iter(eval_data), path, step)
+    if is_chief():
+      evaluate(eval_loop, iter(eval_data), path, step)
     return True
 
   run_seed = state.seed.numpy().item()
   if seed not in (None, run_seed):
     raise Cifar10Error(f'{model_dir} was trained with --seed={run_seed}, not '
                        f'{seed}: leave it out, or name another --model_dir')
-  train_data = distributed_input('train', data_dir, batch_size,
-                                 use_synthetic_data, run_seed, step,
-                                 steps_per_eval)
+  train_data = distributed_input(batch_size, functools.partial(
+      input_fn, 'train', data_dir, batch_size, use_synthetic_data, run_seed,
+      step, steps_per_eval))
   with cifar10.sole_use(model_dir):
     if checkpoints.steps() != steps_there:
       raise Cifar10Error(f'Another run has just saved in {model_dir}: start '
@@ -785,7 +765,8 @@ def train_and_evaluate(
     stop = False
     while not stop:
       # A run that was killed at the end of a cycle still owes its evaluation.
-      if step >= train_steps or (step and step % steps_per_eval == 0):
+      if is_chief() and (
+          step >= train_steps or (step and step % steps_per_eval == 0)):
         results = evaluate(eval_loop, iter(eval_data), path, step)
         with eval_writer.as_default(step):
           tf.summary.scalar('accuracy', results['accuracy'])
@@ -848,19 +829,21 @@ def total(value: int) -> int:
   return local_sums[0].numpy().item() // len(local_sums)
 
 
-def distributed_input(mode: str, data_dir: str | None, batch_size: int,
-                      *args) -> Iterable:
-  """Returns the dataset of input_fn, shared out to all replicas."""
+def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
+  """Returns a dataset of which each replica gets its share.
+
+  Raises:
+    Cifar10Error: The batch cannot be shared out evenly.
+  """
   strategy = tf.distribute.get_strategy()
   replicas = strategy.num_replicas_in_sync
   if batch_size % replicas:
     raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
                        f'{replicas} replicas that share it: make it one')
   if replicas == 1:
-    return input_fn(mode, data_dir, batch_size, *args)
+    return make_dataset()
   return strategy.distribute_datasets_from_function(
-      lambda context: input_fn(
-          mode, data_dir, batch_size, *args, context=context))
+      lambda context: make_dataset(context=context))
 
 
 def make_state(resnet_size: int, data_format: str | None, dtype: str,
