@@ -820,13 +820,18 @@ def total(value: int) -> int:
   if not on_machines():
     return value
 
-  def sum_over_replicas():
-    return tf.distribute.get_replica_context().all_reduce(
-        'SUM', tf.constant(value, tf.int64))
+  sums = all_reduced(
+      tf.distribute.get_strategy(), tf.constant(value, tf.int64))
+  return sums[0].numpy().item() // len(sums)
 
-  sums = tf.distribute.get_strategy().run(sum_over_replicas)
-  local_sums = tf.distribute.get_strategy().experimental_local_results(sums)
-  return local_sums[0].numpy().item() // len(local_sums)
+
+@functools.partial(tf.function, reduce_retracing=True)
+def all_reduced(strategy: tf.distribute.Strategy,
+                value: tf.Tensor) -> tuple[tf.Tensor]:
+  """Returns the sum over all replicas, once for each of this machine's."""
+  sums = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce(
+      'SUM', tf.identity(value)))
+  return strategy.experimental_local_results(sums)
 
 
 def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
@@ -1018,11 +1023,11 @@ def main(argv: list[str]) -> int:
   if values.use_synthetic_data and values['model_dir'].using_default_value:
     # Real training must not go on from weights that learned made-up images.
     model_dir += '_synthetic'
-  signals = note_signals()
   try:
     if len(argv) > 1:
       raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
     strategy = make_strategy(values.num_gpus)
+    signals = note_signals()  # now, since a cluster handles SIGTERM otherwise
     with strategy.scope(), tempfile.TemporaryDirectory() as scratch:
       if values['verbosity'].using_default_value:
         logging.set_verbosity(logging.INFO if is_chief() else logging.WARNING)
