@@ -218,7 +218,7 @@ def start_machines(count, tmp_path, *arguments, steps=STEPS):
   return processes
 
 
-def communicate(processes, timeout=120):
+def communicate(processes, timeout=60):
   """Returns what the machines print on standard output, and on error."""
   with futures.ThreadPoolExecutor() as pool:
     outputs = list(pool.map(
@@ -305,7 +305,7 @@ def test_machine_that_dies(tmp_path, data, victim):
 @pytest.mark.parametrize('told', [0, 1])
 def test_machine_that_is_told_to_stop(tmp_path, data, told):
   processes = start_machines(2, tmp_path, steps=100000)
-  wait_for_step(processes[0], 101)
+  wait_for_step(processes[0], 121)  # the first of a cycle of 40
   processes[told].terminate()
   outputs = communicate(processes)
   assert [process.returncode for process in processes] == [143, 143], outputs
@@ -314,7 +314,7 @@ def test_machine_that_is_told_to_stop(tmp_path, data, told):
 
 
 @pytest.mark.parametrize('config', [
-    'no JSON', '[]', '{"cluster": 3}', '{"cluster": {"worker": "a:1"}}',
+    'no JSON', '{"cluster": 3}', '{"cluster": {"worker": "a:1"}}',
     '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}}',
     '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]},'
     ' "task": {"type": "worker", "index": 7}}'])
