@@ -432,8 +432,11 @@ class Checkpoints:
     """
     step = self._variables['global_step'].numpy()
     for name, variable in self._variables.items():
-      if not np.isfinite(variable.numpy()).all():
-        raise not_finite(f'{name} is not finite after step {step}')
+      # The squares too, since of such weights the next loss is not finite.
+      with np.errstate(over='ignore'):
+        norm = np.linalg.norm(variable.numpy())
+      if not np.isfinite(norm):
+        raise not_finite(f'{name} is not finite after step {step}, or its norm')
     for left_by_a_killed_run in glob.glob(
         glob.escape(self._prefix) + '-*_temp'):
       shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
@@ -819,7 +822,6 @@ def total(value: int) -> int:
   """Returns the sum of the machines' values; all have to call this."""
   if not on_machines():
     return value
-
   sums = all_reduced(
       tf.distribute.get_strategy(), tf.constant(value, tf.int64))
   return sums[0].numpy().item() // len(sums)
@@ -1006,9 +1008,10 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
     machines = sum(map(len, resolver.cluster_spec().as_dict().values()))
     if machines > 1:
       return tf.distribute.MultiWorkerMirroredStrategy(resolver)
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise Cifar10Error(f'TF_CONFIG names no cluster of workers ({error}): '
-                       'correct it, or unset it') from None
+  except (ValueError, TypeError, KeyError, AttributeError,
+          tf.errors.OpError) as error:
+    raise Cifar10Error('TF_CONFIG names no cluster of workers '
+                       f'({reason(error)}): correct or unset it') from None
   if len(gpus) > 1:
     return tf.distribute.MirroredStrategy(
         [f'GPU:{i}' for i in range(len(gpus))])

@@ -882,8 +882,8 @@ def run_main(*arguments):
     '--train_steps=-1', '--train_steps=1.5', '--steps_per_eval=0',
     '--steps_per_eval=x', '--batch_size=0', '--batch_size=-128',
     '--batch_size=50001', '--data_format=NCHW', '--eval_only=maybe',
-    '--dtype=half', '--xla=maybe', '--save_checkpoints_secs=0', '--seed=-1', '--num_gpus=-2',
-    '--num_gpus=9999',
+    '--dtype=half', '--xla=maybe', '--save_checkpoints_secs=0', '--seed=-1',
+    '--num_gpus=-2', '--num_gpus=9999',
     '--model_dir=', '--model_dir=a\tb', '--data_dir=\udcff'])
 def test_flags_out_of_range(script_flags, flag):
   name = flag.partition('=')[0]

@@ -231,14 +231,17 @@ def test_data_that_change_while_training(tmp_path):
   assert f'{cut} is damaged' in log.splitlines()[-1]
 
 
-def test_loss_that_is_not_finite(tmp_path):
-  process = start(tmp_path, command=(
+@pytest.mark.parametrize(('seconds', 'message'), [
+    (600, r'The loss is not finite at step 2 \(looked at after steps 1 and \d'),
+    (1, r'is not finite (at step 2|after step 1)')])
+def test_loss_that_is_not_finite(tmp_path, seconds, message):
+  """Also if the checkpoint after step 1 is due, of finite but huge weights."""
+  process = start(tmp_path, f'--save_checkpoints_secs={seconds}', command=(
       '-c', 'import cifar10_main as script\n'
       'script.INITIAL_LEARNING_RATE = 1e30\n'
       'script.define_flags()\nscript.app.run(script.main)'))
   _, log = finish(process)
   assert process.returncode == 1
-  assert re.search(r'The loss is not finite at step 2 \(looked at after steps '
-                   r'1 and \d+\).*smaller --batch_size', log.splitlines()[-1])
+  assert re.search(f'{message}.*smaller --batch_size', log.splitlines()[-1])
   assert not list(tmp_path.glob('model.ckpt-[1-9]*'))
   assert tf.train.latest_checkpoint(tmp_path).endswith('-0')
