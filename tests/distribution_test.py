@@ -21,7 +21,11 @@ import tensorflow as tf
 import cifar10_download_and_extract as cifar10
 import cifar10_main
 import resnet_model
-from tests.cifar10_main_test import difference, write_data
+from tests.cifar10_main_test import (
+    difference,
+    place_originals_checkpoint,
+    write_data,
+)
 from tests.faults_test import tensors
 
 BATCH = 24
@@ -160,6 +164,19 @@ def test_checkpoints_go_from_devices_to_devices(mirrored, tmp_path, capsys):
   on_one = run(one, tmp_path / 'to_one', 5)
   assert on_one.keys() == whole.keys()
   assert run(mirrored, tmp_path / 'to_one', 6).keys() == whole.keys()
+
+
+def test_checkpoint_of_2017_on_devices(mirrored, tmp_path, capsys):
+  model_dir = tmp_path / 'model'
+  place_originals_checkpoint(model_dir)
+  with mirrored.scope():
+    state = cifar10_main.make_state(8, None, 'fp32', seed=1)
+    path = cifar10_main.Checkpoints(str(model_dir), state).restore_newest()
+  expected = tf.train.load_checkpoint(path)
+  for variable in state.network.variables + tuple(state.momentum):
+    for copy in mirrored.experimental_local_results(variable):
+      np.testing.assert_array_equal(copy.numpy(), expected.get_tensor(
+          cifar10_main.tf1_name(variable)))
 
 
 def test_batch_that_cannot_be_shared(mirrored, tmp_path):
