@@ -230,6 +230,8 @@ def fetch_archive(data_url: str, filename: str, archive: str,
     raise Cifar10Error(
         f'Cannot fetch {data_url} ({error}): try again, or fetch it another '
         f'way, place it as {archive} and run this again') from None
+  finally:
+    show_status()
   if not is_right_archive(filename, skip_checksums):
     os.remove(filename)
     raise Cifar10Error(
@@ -258,7 +260,9 @@ def download(data_url: str, filename: str) -> None:
                 'any archive of CIFAR-10: name another --data_url')
           file.truncate(file.seek(place))
           file.write(data)
-          show_progress(place + len(data), total)
+          size = place + len(data)
+          share = f'{size / total:.1%}' if total else f'{size >> 20} MiB'
+          show_status(f'>> Downloading {ARCHIVE_NAME} {share}')
         return
       except UnfinishedError as error:
         file.flush()
@@ -266,6 +270,7 @@ def download(data_url: str, filename: str) -> None:
           largest, waits = file.tell(), list(RETRY_SECONDS)
         if not waits:
           raise
+        show_status()
         print(f'{error}: trying again in {waits[0]} s', flush=True)
         time.sleep(waits.pop(0))
 
@@ -300,12 +305,15 @@ def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
     raise kind(' '.join(str(reason).split())) from None  # in one line
 
 
-def show_progress(size: int, total: int) -> None:
-  """Rewrites the progress line, if there is a terminal to see it."""
-  if sys.stdout.isatty():
-    share = f'{size / total:.1%}' if total else f'{size >> 20} MiB'
-    end = '\n' if size == total else ''
-    print(f'\r>> Downloading {ARCHIVE_NAME} {share}', end=end, flush=True)
+def show_status(text: str = '') -> None:
+  """Writes the terminal's last line anew, if there is a terminal to see it.
+
+  Without a text it clears the line, for the next output to take its place.
+  """
+  if all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr)):
+    columns = shutil.get_terminal_size().columns - 1
+    line = text[:columns].ljust(columns)
+    print(f'\r{line}\r', end='', file=sys.stderr, flush=True)
 
 
 def extract(archive: str, names: list[str], folder: str) -> None:
@@ -352,7 +360,7 @@ def define_data_dir() -> None:
 def register_path_validator(name: str) -> None:
   """Lets a flag take what can be written to a log and to TensorFlow's files."""
   flags.register_validator(
-      name, lambda path: path and path.isprintable(),
+      name, lambda path: path is None or (path and path.isprintable()),
       'must be a path, of characters that can be printed')
 
 

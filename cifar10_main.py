@@ -15,6 +15,7 @@ References:
 """
 
 from collections.abc import Callable, Iterable, Iterator
+import datetime
 import functools
 import glob
 import os
@@ -23,6 +24,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -36,8 +38,20 @@ if __name__ == '__main__':
   # oneDNN's convolutions, which TensorFlow leaves off on a CPU without AVX-512
   # although they are half as fast again there, and more.
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+  # Its log is about itself. Errors arrive as exceptions.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   # Until there is something to save, Ctrl-C ends it without a traceback.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
+  # Some notices come before TensorFlow looks at that level.
+  if sys.stderr:
+    stderr = os.dup(2)
+    with open(os.devnull, 'wb') as nothing:
+      os.dup2(nothing.fileno(), 2)
+    try:
+      import tensorflow  # noqa: F401
+    finally:
+      os.dup2(stderr, 2)
+      os.close(stderr)
 
 from absl import app, flags, logging
 import numpy as np
@@ -127,11 +141,13 @@ def record_dataset(
         SHUFFLE_RECORDS + 3 * batch_size, cycle_seed, False)
     return shuffled.batch(batch_size, drop_remainder=True).take(steps_per_eval)
 
+  number_of_batches = tf.data.INFINITE_CARDINALITY
   if mode == 'train':
     cycles = tf.data.Dataset.range(step // steps_per_eval, tf.int64.max)
     batches = cycles.flat_map(batches_of).skip(step % steps_per_eval)
   else:
     batches = numbers.batch(batch_size)
+    number_of_batches = batches.cardinality()
   context = context or tf.distribute.InputContext()
   replicas = context.num_replicas_in_sync
   here = replicas // context.num_input_pipelines
@@ -144,9 +160,9 @@ def record_dataset(
         (tf.fill([here], number), begins, shares))
 
   batches = batches.enumerate(step).flat_map(shares_of)
-  if mode == 'train':  # else the replicas ask each other at each step
-    batches = batches.apply(
-        tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+  # Without that, the replicas ask each other at each step.
+  batches = batches.apply(
+      tf.data.experimental.assert_cardinality(number_of_batches))
   return batches.map(
       lambda number, begin, share: (number, begin, tf.gather(records, share)),
       num_parallel_calls=PARALLEL_BATCHES)
@@ -311,17 +327,11 @@ class TrainState(tf.Module):
     self.train_accuracy = tf.Variable(
         [0, 0], False, name='train_accuracy', dtype=tf.int64)
 
-  def take_from_first_replica(self) -> None:
-    """Gives all replicas, on all machines, the values of the first one."""
-
-    def values_of_first():
-      context = tf.distribute.get_replica_context()
-      is_first = tf.equal(context.replica_id_in_sync_group, 0)
-      return [context.all_reduce('SUM', tf.where(is_first, v, tf.zeros_like(v)))
-              for v in self.variables]
-
-    values = tf.distribute.get_strategy().run(values_of_first)
-    for variable, value in zip(self.variables, first_of_replicas(values)):
+  def take_from_chief(self) -> None:
+    """Gives all machines the values of the first one."""
+    values = totals([v.numpy() if is_chief() else tf.zeros_like(v)
+                     for v in self.variables])
+    for variable, value in zip(self.variables, values):
       variable.assign(value)
 
 
@@ -361,6 +371,7 @@ class Checkpoints:
     self._save_counter = checkpoint.save_counter
     self._save_seconds = save_seconds
     self._saved_at = time.monotonic()
+    self.newest = None  # the path of what was last restored or saved
 
   def steps(self) -> list[int]:
     """Returns the steps of the checkpoints, damaged ones too, newest first.
@@ -375,8 +386,8 @@ class Checkpoints:
                        re.MULTILINE)
     return sorted(set(map(int, found)), reverse=True)
 
-  def restore_newest(self) -> str | None:
-    """Restores the newest that is whole; returns its path, None if none is.
+  def restore_newest(self) -> None:
+    """Restores the newest that is whole, if there is one.
 
     Raises:
       Cifar10Error: None is whole, or the newest whole one is of no use.
@@ -386,14 +397,14 @@ class Checkpoints:
       path = f'{self._prefix}-{step}'
       try:
         self.restore(path)
-        return path
+        self.newest = path
+        return
       except DamagedError as error:
         logging.warning('%s: trying the one before', error)
     if steps and steps[0] > 0:  # one of step 0 is no loss
       raise Cifar10Error(
           f'{self._model_dir} holds no checkpoint that is not damaged: move '
           'model.ckpt-* away to start anew, or name another --model_dir')
-    return None
 
   def restore(self, path: str) -> None:
     """Restores all variables, or raises Cifar10Error and changes none."""
@@ -423,8 +434,8 @@ class Checkpoints:
     for name, variable in self._variables.items():
       variable.assign(values[name])
 
-  def save(self) -> str:
-    """Saves a checkpoint, of which the newest five stay; returns its path.
+  def save(self) -> None:
+    """Saves a checkpoint, of which the newest five stay.
 
     Raises:
       Cifar10Error: A variable is not finite, or the folder cannot be written.
@@ -442,14 +453,13 @@ class Checkpoints:
       shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
     logging.info('Saving checkpoints for %d into %s.', step, self._prefix)
     try:
-      path = self._manager.save(checkpoint_number=step)
+      self.newest = self._manager.save(checkpoint_number=step)
     except (tf.errors.OpError, OSError) as error:
       raise Cifar10Error(
           f'Cannot save a checkpoint in {self._model_dir} '
           f'({reason(error)}): make room there and start again, the '
           'older checkpoints are whole') from None
     self._saved_at = time.monotonic()
-    return path
 
   def is_due(self) -> bool:
     """Tells whether the last save, or the start, is long enough ago."""
@@ -588,11 +598,13 @@ def make_inner_loop(state: TrainState, batch_size: int,
 
 def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
           cycle_start: int, last_step: int,
-          batch_size: int) -> Iterator[tuple[int, dict]]:
+          batch_size: int) -> Iterator[tuple[int, float | None, dict]]:
   """Trains up to `last_step` in the cycle that begins after `cycle_start`.
 
-  Yields after each piece of about a second the step and what is to be logged of
-  it: at the first step of the cycle and every 100 steps from there, else {}.
+  Yields after each piece of about a second the step; the seconds that a step
+  takes of late, None after the first, which may have been compiled; and what is
+  to be logged: at the first step of the cycle and every 100 steps from there,
+  else {}.
 
   Raises:
     Cifar10Error: The loss is not finite any more.
@@ -600,7 +612,7 @@ def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
   step = state.global_step.numpy().item()
   if step == cycle_start:  # as in the original, anew in each cycle
     state.train_accuracy.assign([0, 0])
-  num_steps, logged_at = 1, None
+  first_step, num_steps, logged_at, pace = step + 1, 1, None, None
   while step < last_step:
     to_next_log = (cycle_start - step) % LOG_STEPS + 1
     num_steps = min(num_steps, to_next_log, last_step - step)
@@ -614,7 +626,11 @@ def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
           f'The loss is not finite at step {step + 1 + values["finite_steps"]} '
           f'(looked at after steps {step} and {step + num_steps})')
     step += num_steps
-    if num_steps == to_next_log:
+    seconds = (now - started) / num_steps
+    if step > first_step:
+      pace = 0.9 * (pace or seconds) + 0.1 * seconds
+    is_logged = num_steps == to_next_log
+    if is_logged:
       # As in the original, the mean over the logged batches of this cycle.
       correct, seen = state.train_accuracy.assign_add(
           [values['correct'], batch_size]).numpy()
@@ -623,11 +639,10 @@ def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
         values['seconds'] = now - logged_at
         values['global_step/sec'] = LOG_STEPS / values['seconds']
       logged_at = now
-      yield step, values
-    else:
-      yield step, {}
-    num_steps = int(num_steps * PIECE_SECONDS / (now - started))
-    num_steps = max(1, total(num_steps) // total(1))  # the same everywhere
+    yield step, pace, values if is_logged else {}
+    # The same on all machines.
+    num_steps, machines = totals([int(PIECE_SECONDS / seconds), 1])
+    num_steps = max(1, num_steps // machines)
   logging.info('Loss for final step: %s.', values['loss'])
 
 
@@ -652,6 +667,8 @@ def write_summaries(writer: tf.summary.SummaryWriter, step: int,
                  'global_step/sec'):
       if name in values:
         tf.summary.scalar(name, values[name])
+    # On one chart with the evaluations, which have this name too.
+    tf.summary.scalar('accuracy', values['train_accuracy'])
     # An image's mean, zero, becomes grey, its farthest value black or white.
     images = values['images']
     farthest = np.abs(images).max(axis=(1, 2, 3), keepdims=True)
@@ -659,43 +676,95 @@ def write_summaries(writer: tf.summary.SummaryWriter, step: int,
                      max_outputs=NUM_SUMMARY_IMAGES)
 
 
-def make_eval_loop(network: resnet_model.Cifar10ResnetV2) -> Callable:
-  """Returns the compiled `eval_loop(iterator)`, to the iterator's end.
+def show_progress(step: int, last_step: int, train_steps: int,
+                  batch_size: int, seconds: float | None) -> None:
+  """Shows on a terminal how far the training is, by the seconds of a step."""
+  text = f'Step {step} of {train_steps}'
+  if seconds:
+    cycle, run = (datetime.timedelta(seconds=round((end - step) * seconds))
+                  for end in (last_step, train_steps))
+    text += (f', {batch_size / seconds:,.0f} images/s, '
+             f'left: {cycle} of the cycle, {run} in all')
+  cifar10.show_status(text)
 
-  It returns accuracy over all images and loss, the plain mean over the batches,
-  in which the last one counts like the others although it is short.
+
+def make_eval_step(network: resnet_model.Cifar10ResnetV2) -> Callable:
+  """Returns the compiled `eval_step(iterator, loss, confusion_matrix)`.
+
+  It evaluates a batch and returns the two sums with what that adds to them.
   """
 
   @tf.function
-  def eval_loop(iterator):
-    loss, correct = 0.0, tf.constant(0, tf.int64)
-    images, batches = tf.constant(0, tf.int64), 0.0
-    for features, labels in iterator:
-      outputs = model_fn(features, labels, 'eval', network)
-      loss += outputs['loss']
-      correct += outputs['correct']
-      images += tf.shape(labels, tf.int64)[0]
-      batches += 1
-    return correct / images, loss / batches
+  def eval_step(iterator, loss, confusion_matrix):
+    features, labels = next(iterator)
+    outputs = model_fn(features, labels, 'eval', network)
+    return loss + outputs['loss'], confusion_matrix + tf.math.confusion_matrix(
+        tf.argmax(labels, axis=1), outputs['classes'], NUM_CLASSES,
+        dtype=tf.int64)
 
-  return eval_loop
+  return eval_step
 
 
-def evaluate(eval_loop: Callable, iterator: Iterator, path: str,
-             step: int) -> dict[str, float]:
-  """Evaluates checkpoint `path` of `step`; logs, prints and returns results."""
+def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
+             step: int) -> tuple[dict[str, float], np.ndarray]:
+  """Evaluates checkpoint `path` of `step`; logs and prints the results.
+
+  Returns:
+    The results: accuracy over all images, loss, the plain mean over the batches
+    in which the last one counts like the others although it is short, and
+    global_step. And how many images of each label (row) were taken for each
+    class (column), int64 [10, 10].
+  """
   logging.info('Starting evaluation at %s', time.strftime('%Y-%m-%dT%H:%M:%S'))
   # The variables are in memory already, but people search logs for this line.
   logging.info('Restoring parameters from %s', path)
-  accuracy, loss = eval_loop(iterator)
-  accuracy, loss = accuracy.numpy(), loss.numpy()  # waits
+  iterator, num_batches = iter(dataset), len(dataset)
+  loss, matrix = tf.zeros([]), tf.zeros([NUM_CLASSES] * 2, tf.int64)
+  for batch in range(num_batches):
+    cifar10.show_status(f'Evaluating batch {batch + 1} of {num_batches}')
+    loss, matrix = eval_step(iterator, loss, matrix)
+  loss, matrix = (loss / num_batches).numpy(), matrix.numpy()  # waits
   logging.info('Finished evaluation at %s', time.strftime('%Y-%m-%d-%H:%M:%S'))
-  results = {'accuracy': shortest(accuracy), 'loss': shortest(loss),
-             'global_step': step}
+  results = {'accuracy': shortest(matrix.trace() / matrix.sum()),
+             'loss': shortest(loss), 'global_step': step}
   logging.info('Saving dict for global step %d: %s', step, ', '.join(
       f'{name} = {results[name]}' for name in sorted(results)))
   print(results, flush=True)
-  return results
+  return results, matrix
+
+
+def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
+                     confusion_matrix: np.ndarray) -> None:
+  """Writes what TensorBoard shows of an evaluation, as evaluate returns it."""
+  shares = confusion_matrix / np.maximum(
+      confusion_matrix.sum(axis=1, keepdims=True), 1)
+  # Squares of 24 pixels, white to black. The root lets a few percent be seen.
+  image = 1 - np.sqrt(shares).repeat(24, axis=0).repeat(24, axis=1)
+  names = ', '.join(cifar10.CLASSES)
+  with writer.as_default(results['global_step']):
+    tf.summary.scalar('accuracy', results['accuracy'])
+    tf.summary.scalar('loss', results['loss'])
+    for name, accuracy in class_accuracies(confusion_matrix).items():
+      tf.summary.scalar(f'accuracy_of_class/{name}', accuracy)
+    tf.summary.image('confusion_matrix', image[None, ..., None], description=(
+        f'A row for each label, a column for each predicted class: {names}. '
+        'The more of the row are in a square, the darker it is.'))
+    tf.summary.text('confusion_matrix_in_numbers', markdown_table(
+        ['label \\ predicted', *cifar10.CLASSES],
+        ([name, *row] for name, row in zip(cifar10.CLASSES, confusion_matrix))))
+
+
+def class_accuracies(confusion_matrix: np.ndarray) -> dict[str, float]:
+  """Returns by class the share of its images that were right, 0 of none."""
+  images = np.maximum(confusion_matrix.sum(axis=1), 1)
+  return dict(zip(cifar10.CLASSES, confusion_matrix.diagonal() / images))
+
+
+def markdown_table(head: Iterable, rows: Iterable[Iterable]) -> str:
+  """Returns a table in Markdown, which TensorBoard shows as one."""
+  head = list(head)
+  return '\n'.join(f'| {" | ".join(map(str, row))} |'
+                   for row in (head, ['---'] * len(head), *rows))
 
 
 def shortest(value: float) -> float:
@@ -708,7 +777,7 @@ def train_and_evaluate(
     steps_per_eval: int, batch_size: int, save_checkpoints_secs: int = 600,
     data_format: str | None = None, dtype: str = 'fp32', xla: str = 'auto',
     seed: int | None = None, use_synthetic_data: bool = False,
-    eval_only: bool = False,
+    eval_only: bool = False, flag_values: dict | None = None,
     interrupted: Callable[[], bool] = lambda: False) -> bool:
   """Trains and evaluates in turn, up to `train_steps` in all.
 
@@ -716,6 +785,7 @@ def train_and_evaluate(
   tf.distribute strategy, all its replicas share each batch.
 
   Args:
+    flag_values: What TensorBoard is to show as the flags of the run.
     interrupted: Is asked after each piece of about a second whether to save and
       return. The others are the flags of the same names.
 
@@ -731,17 +801,20 @@ def train_and_evaluate(
   state = make_state(resnet_size, data_format, dtype, seed)
   checkpoints = Checkpoints(model_dir, state, save_checkpoints_secs)
   steps_there = checkpoints.steps()
-  path = checkpoints.restore_newest()
-  if eval_only and path is None and is_chief():
+  checkpoints.restore_newest()
+  if eval_only and checkpoints.newest is None and is_chief():
     raise Cifar10Error(f'{model_dir} holds no checkpoint to evaluate: train '
                        'first, or name another --model_dir')
   if on_machines():
-    state.take_from_first_replica()
+    state.take_from_chief()
+  evaluate_now = functools.partial(
+      evaluate, make_eval_step(state.network), eval_data)
   step = state.global_step.numpy().item()
-  eval_loop = make_eval_loop(state.network)
   if eval_only:
     if is_chief():
-      evaluate(eval_loop, iter(eval_data), path, step)
+      _, confusion_matrix = evaluate_now(checkpoints.newest, step)
+      for name, accuracy in class_accuracies(confusion_matrix).items():
+        print(f'{name:10} {accuracy:.4f}')
     return True
 
   run_seed = state.seed.numpy().item()
@@ -755,25 +828,27 @@ def train_and_evaluate(
     if checkpoints.steps() != steps_there:
       raise Cifar10Error(f'Another run has just saved in {model_dir}: start '
                          'again, or name another --model_dir')
-    log_run(state, resnet_size, xla, train_steps, batch_size)
+    facts = describe_run(state, resnet_size, xla)
+    log_run(facts, step, train_steps, batch_size)
     train_writer = tf.summary.create_file_writer(model_dir)
     eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
+    with train_writer.as_default(step):
+      tf.summary.text('run', markdown_table(
+          ['', ''], {**(flag_values or {}), **facts}.items()))
     hooks = [log_values, functools.partial(write_summaries, train_writer)]
     inner_loop = make_inner_loop(state, batch_size, uses_xla(xla))
-    if path is None:
-      path = checkpoints.save()
+    if checkpoints.newest is None:
+      checkpoints.save()
     # One input for all cycles: the next one's first batches are ready when an
     # evaluation ends.
     iterator = iter(train_data)
+    cifar10.show_status('Building the training step')
     stop = False
     while not stop:
       # A run that was killed at the end of a cycle still owes its evaluation.
       if is_chief() and (
           step >= train_steps or (step and step % steps_per_eval == 0)):
-        results = evaluate(eval_loop, iter(eval_data), path, step)
-        with eval_writer.as_default(step):
-          tf.summary.scalar('accuracy', results['accuracy'])
-          tf.summary.scalar('loss', results['loss'])
+        write_evaluation(eval_writer, *evaluate_now(checkpoints.newest, step))
         train_writer.flush()
         eval_writer.flush()
       if step >= train_steps:
@@ -781,18 +856,20 @@ def train_and_evaluate(
       # Cycles end at multiples of steps_per_eval, after an interruption too.
       cycle_start = step - step % steps_per_eval
       last_step = min(cycle_start + steps_per_eval, train_steps)
-      for step, values in train(inner_loop, iterator, state, cycle_start,
-                                last_step, batch_size):
+      for step, pace, values in train(inner_loop, iterator, state, cycle_start,
+                                      last_step, batch_size):
         for hook in hooks if values else ():
           hook(step, values)
-        stop = total(interrupted()) > 0
+        show_progress(step, last_step, train_steps, batch_size, pace)
+        stop, = totals([interrupted()])
         if stop or step == last_step or checkpoints.is_due():
-          path = checkpoints.save()
+          checkpoints.save()
         if stop:
           logging.warning('Stopped after step %d, saved as %s: the same '
-                          'command goes on from there', step, path)
+                          'command goes on from there', step,
+                          checkpoints.newest)
           break
-    total(0)  # no machine leaves before all have written
+    totals([0])  # no machine leaves before all have written
     return not stop
 
 
@@ -818,22 +895,28 @@ def first_of_replicas(values: list | tuple | dict) -> list | tuple | dict:
       lambda value: strategy.experimental_local_results(value)[0], values)
 
 
-def total(value: int) -> int:
-  """Returns the sum of the machines' values; all have to call this."""
+def totals(values: list) -> list:
+  """Returns the sums of the machines' values; all have to call this."""
   if not on_machines():
-    return value
-  sums = all_reduced(
-      tf.distribute.get_strategy(), tf.constant(value, tf.int64))
-  return sums[0].numpy().item() // len(sums)
+    return values
+  sums = sums_over_machines(tf.distribute.get_strategy(),
+                            [tf.convert_to_tensor(value) for value in values])
+  return [value.numpy() for value in first_of_replicas(sums)]
 
 
 @functools.partial(tf.function, reduce_retracing=True)
-def all_reduced(strategy: tf.distribute.Strategy,
-                value: tf.Tensor) -> tuple[tf.Tensor]:
-  """Returns the sum over all replicas, once for each of this machine's."""
-  sums = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce(
-      'SUM', tf.identity(value)))
-  return strategy.experimental_local_results(sums)
+def sums_over_machines(strategy: tf.distribute.Strategy,
+                       values: list[tf.Tensor]) -> list[tf.Tensor]:
+  """Returns the sums, once for each replica of this machine."""
+  replicas_here = len(strategy.extended.worker_devices)
+
+  def sums():
+    context = tf.distribute.get_replica_context()
+    counts = context.replica_id_in_sync_group % replicas_here == 0
+    return context.all_reduce(
+        'SUM', [tf.where(counts, value, 0) for value in values])
+
+  return strategy.run(sums)
 
 
 def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
@@ -878,9 +961,8 @@ def check_device(data_format: str | None, dtype: str) -> None:
                        'out') from None
 
 
-def log_run(state: TrainState, resnet_size: int, xla: str, train_steps: int,
-            batch_size: int) -> None:
-  """Logs what the run will use and do."""
+def describe_run(state: TrainState, resnet_size: int, xla: str) -> dict:
+  """Returns what the run uses, to log it and for TensorBoard."""
   device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
   for gpu in tf.config.get_visible_devices('GPU')[:1]:
     details = tf.config.experimental.get_device_details(gpu)
@@ -890,12 +972,16 @@ def log_run(state: TrainState, resnet_size: int, xla: str, train_steps: int,
     device = f'{replicas} replicas: {device}'
   network = state.network
   parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
-  logging.info('ResNet-%d, %s parameters, %s, %s, XLA %s, on %s, seed %d',
-               resnet_size, f'{parameters:,}', network.data_format,
-               network.dtype.name, 'on' if uses_xla(xla) else 'off', device,
-               state.seed.numpy())
+  return {'network': f'ResNet-{resnet_size}, {parameters:,} parameters, '
+                     f'{network.data_format}, {network.dtype.name}',
+          'XLA': 'on' if uses_xla(xla) else 'off', 'device': device,
+          'seed': state.seed.numpy(), 'TensorFlow': tf.__version__,
+          'NumPy': np.__version__, 'Python': platform.python_version()}
 
-  step = state.global_step.numpy()
+
+def log_run(facts: dict, step: int, train_steps: int, batch_size: int) -> None:
+  """Logs what the run will use and do."""
+  logging.info('%(network)s, XLA %(XLA)s, on %(device)s, seed %(seed)d', facts)
   if step >= train_steps:
     logging.info('All %d steps are trained already: only evaluating. A higher '
                  '--train_steps would train on', train_steps)
@@ -906,6 +992,59 @@ def log_run(state: TrainState, resnet_size: int, xla: str, train_steps: int,
       'steps %s%s', step + 1, train_steps, batch_size,
       ', '.join(map(str, boundaries)),
       ', all beyond this run' if train_steps <= boundaries[0] else '')
+
+
+class Classifier(tf.Module):
+  """What --export_dir holds: the network behind its standardization."""
+
+  def __init__(self, network: resnet_model.Cifar10ResnetV2):
+    super().__init__()
+    self._network = network
+
+  @tf.function(input_signature=[
+      tf.TensorSpec([None, HEIGHT, WIDTH, DEPTH], tf.uint8, 'images')])
+  def __call__(self, images):
+    outputs = model_fn(
+        tf.image.per_image_standardization(images), None, 'infer',
+        self._network)
+    return {**outputs, 'class_names': tf.gather(
+        cifar10.CLASSES, outputs['classes'])}
+
+
+def check_export_dir(export_dir: str) -> None:
+  """Raises Cifar10Error unless the folder is empty, or new, and writable."""
+  try:
+    with cifar10.sole_use(export_dir):
+      if os.listdir(export_dir):
+        raise Cifar10Error(f'--export_dir={export_dir} is not empty: empty it, '
+                           'or name another one')
+  except OSError as error:
+    raise Cifar10Error(f'Cannot write to --export_dir={export_dir} '
+                       f'({error.strerror}): name another one') from None
+
+
+def export(model_dir: str, export_dir: str, resnet_size: int,
+           dtype: str) -> None:
+  """Writes the newest checkpoint as a SavedModel, complete in itself.
+
+  Its `serving_default` takes images, uint8 [N, 32, 32, 3], as they are. It
+  returns classes, int64 [N], class_names of these, string [N], and
+  probabilities, float32 [N, 10].
+
+  Raises:
+    Cifar10Error: There is no room.
+  """
+  # Not every device has convolutions with the channels first.
+  state = make_state(resnet_size, 'channels_last', dtype, seed=0)
+  checkpoints = Checkpoints(model_dir, state)
+  checkpoints.restore_newest()
+  try:
+    tf.saved_model.save(Classifier(state.network), export_dir)
+  except (OSError, tf.errors.OpError) as error:
+    raise Cifar10Error(
+        f'Cannot export to {export_dir} ({reason(error)}): make room, empty it '
+        'and run this again with --eval_only') from None
+  logging.info('Exported %s to %s', checkpoints.newest, export_dir)
 
 
 def define_flags() -> None:
@@ -957,7 +1096,12 @@ def define_flags() -> None:
       'Train and evaluate on made-up images: needs no data and no network.')
   flags.DEFINE_bool(
       'eval_only', False,
-      'Evaluate the newest checkpoint, print the results and write nothing.')
+      'Only evaluate the newest checkpoint, and print how each class does.')
+  flags.DEFINE_string(
+      'export_dir', None,
+      'New folder for a SavedModel, written after the training or, with '
+      '--eval_only, without it.')
+  cifar10.register_path_validator('export_dir')
   flags.register_validator(
       'resnet_size', resnet_model.is_resnet_size,
       'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')
@@ -1018,14 +1162,44 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
   return tf.distribute.get_strategy()
 
 
+def warn_of_idle_gpu() -> None:
+  """Logs how to use a GPU that is there but that TensorFlow cannot use."""
+  if (tf.config.list_physical_devices('GPU')
+      or not tf.test.is_built_with_cuda() or not shutil.which('nvidia-smi')
+      or os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1')):
+    return
+  listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True,
+                          check=False).stdout
+  if listed.startswith('GPU '):
+    logging.warning(
+        'TensorFlow cannot use the GPU of this machine, its libraries are '
+        'missing or do not fit: pip install "tensorflow[and-cuda]" brings them')
+
+
+def log_filter(record: object) -> bool:
+  """Lets a line of the log take the place of the status.
+
+  Not a notice of TensorFlow's, as that of how long a save took.
+  """
+  if record.levelname == 'INFO' and record.pathname != __file__:
+    return False
+  cifar10.show_status()
+  return True
+
+
 def main(argv: list[str]) -> int:
   values = flags.FLAGS
+  tf.get_logger().setLevel('ERROR')  # the rest is of no use to the user
+  logging.get_absl_handler().addFilter(log_filter)
   if values.seed is not None:
     tf.config.experimental.enable_op_determinism()
   model_dir = values.model_dir
   if values.use_synthetic_data and values['model_dir'].using_default_value:
     # Real training must not go on from weights that learned made-up images.
     model_dir += '_synthetic'
+  flag_values = {
+      f'--{flag.name}': flag.value for flag in values.get_key_flags_for_module(
+          values.find_module_defining_flag('model_dir'))}
   try:
     if len(argv) > 1:
       raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
@@ -1034,15 +1208,23 @@ def main(argv: list[str]) -> int:
     with strategy.scope(), tempfile.TemporaryDirectory() as scratch:
       if values['verbosity'].using_default_value:
         logging.set_verbosity(logging.INFO if is_chief() else logging.WARNING)
+      export_dir = values.export_dir if is_chief() else None
       if not is_chief():
         logging.warning('The first machine logs, saves and prints')
         model_dir = scratch
+      if values.num_gpus != 0:
+        warn_of_idle_gpu()
+      if export_dir:
+        check_export_dir(export_dir)
       finished = train_and_evaluate(
           values.data_dir, os.path.normpath(model_dir), values.resnet_size,
           values.train_steps, values.steps_per_eval, values.batch_size,
           values.save_checkpoints_secs, values.data_format, values.dtype,
           values.xla, values.seed, values.use_synthetic_data, values.eval_only,
-          lambda: bool(signals))
+          flag_values, lambda: bool(signals))
+    if finished and export_dir:
+      # Not in the scope: variables are made by all machines, or none, there.
+      export(model_dir, export_dir, values.resnet_size, values.dtype)
   except Cifar10Error as error:
     message = str(error)
   except OSError as error:
@@ -1059,6 +1241,8 @@ def main(argv: list[str]) -> int:
     if finished and not signals:
       return 0
     return 128 + (signals or [signal.SIGTERM])[0]
+  finally:
+    cifar10.show_status()
   return sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')
 
 

@@ -132,7 +132,7 @@ class Benchmark:
     self._inner_loop = cifar10_main.make_inner_loop(
         state, self._batch, self._xla)
     self._step = cifar10_main.make_train_step(state, self._batch, self._xla)
-    self._eval_loop = cifar10_main.make_eval_loop(network)
+    self._evaluation_step = cifar10_main.make_eval_step(network)
     self._eval_step = tf.function(functools.partial(
         cifar10_main.model_fn, mode='eval', network=network))
     self._one_batch = next(iter(self._train_data))
@@ -201,7 +201,7 @@ class Benchmark:
     def seconds_for(num_steps):
       started = time.perf_counter()
       step = self._state.global_step.numpy().item()
-      for at, values in cifar10_main.train(
+      for at, _, values in cifar10_main.train(
           self._inner_loop, iterator, self._state, step, step + num_steps,
           self._batch):
         for hook in hooks if values else ():
@@ -237,7 +237,7 @@ class Benchmark:
   def evaluation(self) -> dict[str, float]:
     """All 10,000 images, from the call of evaluate to its results."""
     started = time.perf_counter()
-    cifar10_main.evaluate(self._eval_loop, iter(self._eval_data), 'none', 0)
+    cifar10_main.evaluate(self._evaluation_step, self._eval_data, 'none', 0)
     return {'evaluation': 10000 / (time.perf_counter() - started)}
 
   def cycle_changes(self) -> dict[str, float]:
@@ -263,7 +263,7 @@ class Benchmark:
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(
         cifar10_main,
         make_inner_loop=timed('train', cifar10_main.make_inner_loop),
-        make_eval_loop=timed('evaluate', cifar10_main.make_eval_loop)):
+        make_eval_step=timed('evaluate', cifar10_main.make_eval_step)):
       write_records(folder, self._batch)
       cifar10_main.train_and_evaluate(
           folder, os.path.join(folder, 'model'), self._size, 6, 3, self._batch,

@@ -1,5 +1,6 @@
 """Tests of the input, the model, the loop and the command line."""
 
+import ast
 import itertools
 import os
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from unittest import mock
 
-from absl import flags, logging
+from absl import flags
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
@@ -66,26 +67,6 @@ def data_dir(tmp_path):
   folder = tmp_path / 'data' / cifar10.FOLDER_NAME
   write_data(folder, records[:50], records[50:])
   return folder.parent
-
-
-@pytest.fixture
-def log():
-  """The messages logged during a test."""
-  messages = []
-
-  class Handler(logging.PythonHandler):
-
-    def emit(self, record):
-      messages.append(record.getMessage())
-
-  handler = Handler()
-  logger = logging.get_absl_logger()
-  logger.addHandler(handler)
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.INFO)
-  yield messages
-  logging.set_verbosity(verbosity)
-  logger.removeHandler(handler)
 
 
 def contents(folder):
@@ -471,7 +452,8 @@ def matches(pattern, lines):
 
 def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys):
   model_dir = tmp_path / 'model'
-  run(data_dir, model_dir, train_steps=209, steps_per_eval=205)
+  run(data_dir, model_dir, train_steps=209, steps_per_eval=205,
+      flag_values={'--batch_size': 10})
 
   lines = matches(rf'loss = ({NUMBER}), step = (\d+)( \(\d+\.\d{{3}} sec\))?',
                   log)
@@ -505,11 +487,11 @@ def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys):
   train = event_accumulator.EventAccumulator(str(model_dir)).Reload()
   tags = train.Tags()['tensors']
   assert set(tags) == {'cross_entropy', 'learning_rate', 'train_accuracy',
-                       'loss', 'global_step/sec', 'images'}
+                       'loss', 'global_step/sec', 'images', 'accuracy', 'run'}
   for tag in tags:
     steps = [event.step for event in train.Tensors(tag)]
-    assert steps == ([101, 201] if tag == 'global_step/sec'
-                     else [1, 101, 201, 206])
+    expected = {'global_step/sec': [101, 201], 'run': [0]}
+    assert steps == expected.get(tag, [1, 101, 201, 206])
   for event, (loss, *_) in zip(train.Tensors('loss'), lines):
     assert tf.make_ndarray(event.tensor_proto) == np.float32(loss)
   # Width, height and then the pictures themselves.
@@ -521,8 +503,16 @@ def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys):
   assert picture.numpy().min() == 0 or picture.numpy().max() == 255
 
   test = event_accumulator.EventAccumulator(str(model_dir / 'eval')).Reload()
-  assert set(test.Tags()['tensors']) == {'accuracy', 'loss'}
-  assert [event.step for event in test.Tensors('loss')] == [205, 209]
+  assert set(test.Tags()['tensors']) == {
+      'accuracy', 'loss', 'confusion_matrix', 'confusion_matrix_in_numbers',
+      *(f'accuracy_of_class/{name}' for name in cifar10.CLASSES)}
+  for tag in test.Tags()['tensors']:
+    assert [event.step for event in test.Tensors(tag)] == [205, 209]
+  text = tf.make_ndarray(train.Tensors('run')[0].tensor_proto).item()
+  for expected in (r'\| --batch_size \| 10 \|', r'\| seed \| \d+ \|',
+                   rf'\| TensorFlow \| {tf.__version__} \|', 'ResNet-8',
+                   r'\| device \| .*CPU'):
+    assert re.search(expected, text.decode())
 
 
 def test_train_accuracy_is_the_mean_over_logged_batches(log):
@@ -541,7 +531,7 @@ def test_train_accuracy_is_the_mean_over_logged_batches(log):
   state = make_state()
   accuracy = {}
   for start in (0, 200):
-    for at, values in cifar10_main.train(
+    for at, _, values in cifar10_main.train(
         inner_loop, None, state, start, start + 200, 128):
       assert at == step
       if values:
@@ -564,8 +554,10 @@ def test_pieces_take_about_a_second(monkeypatch):
   monkeypatch.setattr(cifar10_main.time, 'perf_counter', lambda: clock)
   pieces = cifar10_main.train(inner_loop, None, make_state(), 0, 110, 128)
   # At first a single step, which is also traced; always up to a logged one.
-  steps = [step for step, _ in pieces]
-  assert steps == [1, *range(9, 98, 8), 101, 109, 110]
+  steps, seconds, _ = zip(*pieces)
+  assert steps == (1, *range(9, 98, 8), 101, 109, 110)
+  assert seconds[0] is None
+  np.testing.assert_allclose(seconds[1:], 0.125)
 
 
 @pytest.mark.parametrize('xla', ['on', 'off'])
@@ -597,17 +589,20 @@ def test_evaluation_averages(data_dir, capsys):
   """Accuracy is over images, loss over batches, the short one included."""
   state = make_state()
   dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
-  eval_loop = cifar10_main.make_eval_loop(state.network)
-  results = cifar10_main.evaluate(eval_loop, iter(dataset), 'path', 7)
-  losses, correct = [], 0
+  eval_step = cifar10_main.make_eval_step(state.network)
+  results, matrix = cifar10_main.evaluate(eval_step, dataset, 'path', 7)
+  losses, correct, expected = [], 0, np.zeros([10, 10])
   for features, labels in dataset:
     outputs = cifar10_main.model_fn(features, labels, 'eval', state.network)
     losses.append(outputs['loss'])
     correct += int(outputs['correct'])
+    for label, predicted in zip(np.argmax(labels, 1), outputs['classes']):
+      expected[label, predicted] += 1
   assert len(losses) == 3
   np.testing.assert_allclose(results['loss'], np.mean(losses), rtol=1e-6)
   assert results['accuracy'] == float(str(np.float32(correct / 23)))
   assert results['global_step'] == 7
+  np.testing.assert_array_equal(matrix, expected)
   assert capsys.readouterr().out == f'{results}\n'
 
 
@@ -719,7 +714,16 @@ def test_eval_only_writes_nothing(data_dir, tmp_path, capsys):
   for path in (data_dir / cifar10.FOLDER_NAME).glob('data_batch*'):
     path.unlink()  # not needed
   run(data_dir, tmp_path / 'model', eval_only=True)
-  assert capsys.readouterr().out == trained
+  result, *classes = capsys.readouterr().out.splitlines()
+  assert result == trained.strip()
+  names, accuracies = zip(*(line.split() for line in classes))
+  assert names == cifar10.CLASSES
+  # Of the 23 images, how many has each class?
+  labels = cifar10.read_records(
+      data_dir / cifar10.FOLDER_NAME / cifar10.TEST_FILE)[:, 0]
+  right = np.bincount(labels, minlength=10) * np.array(accuracies, float)
+  accuracy = ast.literal_eval(result)['accuracy']
+  np.testing.assert_allclose(sum(right), accuracy * 23, atol=1e-2)
   assert contents(tmp_path / 'model') == before
 
 

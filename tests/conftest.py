@@ -3,7 +3,7 @@
 import os
 import subprocess
 
-from absl import flags
+from absl import flags, logging
 import pytest
 
 import cifar10_main
@@ -35,3 +35,23 @@ def script_flags():
   yield
   for name in flags.FLAGS.flags_by_module_dict()[cifar10_main.__name__]:
     delattr(flags.FLAGS, name.name)
+
+
+@pytest.fixture
+def log():
+  """The messages logged during a test."""
+  messages = []
+
+  class Handler(logging.PythonHandler):
+
+    def emit(self, record):
+      messages.append(record.getMessage())
+
+  handler = Handler()
+  logger = logging.get_absl_logger()
+  logger.addHandler(handler)
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.INFO)
+  yield messages
+  logging.set_verbosity(verbosity)
+  logger.removeHandler(handler)

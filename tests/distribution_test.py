@@ -171,8 +171,9 @@ def test_checkpoint_of_2017_on_devices(mirrored, tmp_path, capsys):
   place_originals_checkpoint(model_dir)
   with mirrored.scope():
     state = cifar10_main.make_state(8, None, 'fp32', seed=1)
-    path = cifar10_main.Checkpoints(str(model_dir), state).restore_newest()
-  expected = tf.train.load_checkpoint(path)
+    checkpoints = cifar10_main.Checkpoints(str(model_dir), state)
+    checkpoints.restore_newest()
+  expected = tf.train.load_checkpoint(checkpoints.newest)
   for variable in state.network.variables + tuple(state.momentum):
     for copy in mirrored.experimental_local_results(variable):
       np.testing.assert_array_equal(copy.numpy(), expected.get_tensor(
@@ -280,8 +281,8 @@ def test_machines(tmp_path, data, count):
   checkpoints = cifar10_main.Checkpoints(str(tmp_path / 'model0'), state)
   checkpoints.restore_newest()
   inputs = cifar10_main.input_fn('eval', str(tmp_path / 'data'), BATCH)
-  results = cifar10_main.evaluate(
-      cifar10_main.make_eval_loop(state.network), iter(inputs), 'path', STEPS)
+  results, _ = cifar10_main.evaluate(
+      cifar10_main.make_eval_step(state.network), inputs, 'path', STEPS)
   last = ast.literal_eval(printed[-1])
   assert last['accuracy'] == results['accuracy']
   np.testing.assert_allclose(last['loss'], results['loss'], rtol=1e-6)

@@ -137,11 +137,12 @@ def test_checkpoints(model_dir, data):
       with open(os.path.join(folder, name), 'wb') as file:
         file.write(content)
     try:
-      path = cifar10_main.Checkpoints(folder, state).restore_newest()
+      checkpoints = cifar10_main.Checkpoints(folder, state)
+      checkpoints.restore_newest()
     except Cifar10Error as error:
       assert folder in str(error)
       assert is_clear(str(error))
       expected = unchanged
     else:
-      expected = values[int(path.rpartition('-')[2])]
+      expected = values[int(checkpoints.newest.rpartition('-')[2])]
   np.testing.assert_equal([v.numpy() for v in state.variables], expected)

@@ -1,0 +1,214 @@
+"""Tests of what a user sees on a terminal, and does not see elsewhere."""
+
+import contextlib
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import cifar10_download_and_extract as cifar10
+import cifar10_main
+from tests.cifar10_main_test import numbered_records
+
+SCRIPT = os.path.abspath(cifar10_main.__file__)
+LOG_LINE = r'[IW]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ cifar10_main\.py:\d+\] .*'
+
+
+class Screen:
+  """The rows of an endless terminal, and all that its last row has shown."""
+
+  def __init__(self, output):
+    self.rows, self.status = [''], []
+    column = 0
+    for text in re.findall(r'\r\n|\r|[^\r\n]+', output):
+      if text == '\r':
+        column = 0
+        if self.rows[-1].strip():
+          self.status.append(self.rows[-1].strip())
+      elif text == '\r\n':
+        column = 0
+        self.rows.append('')
+      else:
+        row = self.rows[-1].ljust(column)
+        self.rows[-1] = row[:column] + text + row[column + len(text):]
+        column += len(text)
+    self.rows = [row.rstrip() for row in self.rows]
+
+
+def run_on_terminal(*command, interrupt_at=None, **kwargs):
+  """Returns the exit status and the screen of a process on a terminal.
+
+  The process is interrupted where its output has shown `interrupt_at`.
+  """
+  terminal, end = pty.openpty()
+  process = subprocess.Popen(
+      [sys.executable, *command], stdin=end, stdout=end, stderr=end,
+      cwd=os.path.dirname(SCRIPT), **kwargs)
+  os.close(end)
+  output = b''
+  with contextlib.suppress(OSError):  # so it ends on Linux
+    while data := os.read(terminal, 1 << 16):
+      output += data
+      if interrupt_at and interrupt_at in output:
+        process.send_signal(signal.SIGINT)
+        interrupt_at = None
+  os.close(terminal)
+  return process.wait(), Screen(output.decode())
+
+
+def train_command(model_dir, *arguments):
+  return [SCRIPT, '--use_synthetic_data', '--resnet_size=8', '--batch_size=16',
+          '--train_steps=150', '--steps_per_eval=100',
+          f'--model_dir={model_dir}', *arguments]
+
+
+def only_log_and_results(rows):
+  """Tells whether each row is a whole line of one of the two."""
+  return all(re.fullmatch(LOG_LINE, row) or re.fullmatch(r"\{'acc.*\}", row)
+             for row in rows)
+
+
+def test_status_of_training(tmp_path):
+  status, screen = run_on_terminal(*train_command(tmp_path / 'model'))
+  assert status == 0
+  *rows, last = screen.rows
+  assert not last  # the status is gone
+  assert only_log_and_results(rows), rows
+  assert sum(row.startswith('{') for row in rows) == 2
+  shown = '\n'.join(screen.status)
+  number, time_left = r'[\d,]+', r'\d:\d\d:\d\d'
+  left = rf'left: {time_left} of the cycle, {time_left} in all'
+  for expected in ('Building the training step', 'Step 1 of 150',
+                   rf'Step \d+ of 150, {number} images/s, {left}',
+                   'Step 100 of 150, .* 0:00:00 of the cycle, 0:00:0. in all',
+                   'Evaluating batch 1 of 63', 'Evaluating batch 63 of 63'):
+    assert re.search(f'^{expected}$', shown, re.MULTILINE), expected
+
+
+def test_status_gives_way_to_the_lines_of_a_signal(tmp_path):
+  status, screen = run_on_terminal(
+      *train_command(tmp_path / 'model', '--train_steps=100000'),
+      interrupt_at=b'of the cycle')
+  assert status == 130
+  *rows, last = screen.rows
+  assert not last
+  assert only_log_and_results(rows)
+  assert [re.search(r'Stopp\w+', row)[0] for row in rows if 'Stopp' in row] == [
+      'Stopping', 'Stopped']
+
+
+def test_status_is_cut_to_a_narrow_terminal():
+  code = ('import cifar10_download_and_extract as cifar10\n'
+          'cifar10.show_status("0123456789" * 9)\n'
+          'cifar10.show_status()')
+  _, screen = run_on_terminal(
+      '-c', code, env={**os.environ, 'COLUMNS': '26'})
+  assert set(screen.status) == {'0123456789012345678901234'}
+  assert screen.rows == ['']
+
+
+@pytest.mark.parametrize('ends', [('stdout', 'stderr'), ('stdout',), ()])
+def test_no_status_and_no_notices_without_a_terminal(tmp_path, ends):
+  """Each end may be a file; what is still on the terminal has no status."""
+  terminal, end = pty.openpty()
+  outputs = {name: (tmp_path / name).open('wb') if name in ends else end
+             for name in ('stdout', 'stderr')}
+  if not ends:  # nothing at all, as of a process that a service starts
+    outputs = dict.fromkeys(outputs, subprocess.DEVNULL)
+    command = ['sh', '-c', 'exec "$@" >&- 2>&-', 'sh', sys.executable]
+  else:
+    command = [sys.executable]
+  seen = []
+  reader = threading.Thread(target=lambda: seen.extend(read_all(terminal)))
+  process = subprocess.Popen(
+      [*command, *train_command(tmp_path / 'model')], **outputs)
+  os.close(end)
+  reader.start()
+  assert process.wait() == 0
+  reader.join()
+  os.close(terminal)
+  text = b''.join(seen).decode().replace('\r\n', '\n')
+  for name in ends:
+    outputs[name].close()
+    text += (tmp_path / name).read_text()
+  assert '\r' not in text
+  assert only_log_and_results(text.splitlines())
+  assert len(re.findall('^{', text, re.MULTILINE)) == (2 if ends else 0)
+  assert (tmp_path / 'model' / 'model.ckpt-150.index').exists()
+
+
+def read_all(terminal):
+  with contextlib.suppress(OSError):
+    while data := os.read(terminal, 1 << 16):
+      yield data
+
+
+@pytest.mark.parametrize(('listed', 'visible', 'expected'), [
+    ('GPU 0: NVIDIA Something (UUID: GPU-1)', None, True),
+    ('GPU 0: NVIDIA Something (UUID: GPU-1)', '0', True),
+    ('GPU 0: NVIDIA Something (UUID: GPU-1)', '', False),
+    ('No devices were found', None, False),
+])
+def test_gpu_that_cannot_be_used(
+    tmp_path, monkeypatch, log, listed, visible, expected):
+  """A stand-in for its driver's tool lists one that TensorFlow cannot see."""
+  tool = tmp_path / 'nvidia-smi'
+  tool.write_text(f'#!/bin/sh\necho "{listed}"\n')
+  tool.chmod(0o755)
+  monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+  monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: [])
+  monkeypatch.setattr(tf.test, 'is_built_with_cuda', lambda: True)
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  if visible is not None:
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+  cifar10_main.warn_of_idle_gpu()
+  assert len(log) == expected
+  if expected:
+    assert 'cannot use the GPU' in log[0]
+    assert 'pip install "tensorflow[and-cuda]"' in log[0]
+
+
+def test_progress_of_the_download(tmp_path):
+  records = numbered_records(10000)
+  folder = tmp_path / 'source' / cifar10.FOLDER_NAME
+  folder.mkdir(parents=True)
+  for name in cifar10.FILE_SHA256:
+    np.random.default_rng(0).permutation(records).tofile(folder / name)
+  archive = tmp_path / 'archive.tar.gz'
+  subprocess.run(['tar', 'czf', archive, '-C', folder.parent,
+                  cifar10.FOLDER_NAME], check=True)
+  status, screen = run_on_terminal(
+      cifar10.__file__, f'--data_dir={tmp_path}/data',
+      f'--data_url=file://{archive}', '--skip_checksums')
+  assert status == 0
+  assert [row.split(' ')[0] for row in screen.rows] == [
+      'Successfully', f'{tmp_path}/data/{cifar10.FOLDER_NAME}', '']
+  shares = re.findall(r'>> Downloading cifar-10-binary.tar.gz (\d+\.\d)%',
+                      '\n'.join(screen.status))
+  assert float(shares[0]) < float(shares[-1]) == 100
+
+
+def test_retries_of_the_download_have_lines_of_their_own(tmp_path):
+  code = (
+      'import cifar10_download_and_extract as cifar10\n'
+      'cifar10.RETRY_SECONDS = (0, 0)\n'
+      'def receive(url, size):\n'
+      '  yield size, bytes(1 << 20) if size < 3 << 20 else b"", 100 << 20\n'
+      '  raise cifar10.UnfinishedError("the line is dead")\n'
+      'cifar10.receive = receive\n'
+      'cifar10.define_flags()\n'
+      'cifar10.app.run(cifar10.main)')
+  status, screen = run_on_terminal('-c', code, f'--data_dir={tmp_path}/data')
+  assert status == 1
+  *retries, error, last = screen.rows
+  assert retries == ['the line is dead: trying again in 0 s'] * 4
+  assert 'Cannot fetch' in error
+  assert not last
+  assert '>> Downloading cifar-10-binary.tar.gz 3.0%' in screen.status
