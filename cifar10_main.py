@@ -5,7 +5,8 @@
 
 The CIFAR-10 script of TensorFlow's models repository of 2017, without the
 `tf.estimator` under it: recipe, flags, log lines and checkpoints are the same.
-In this order: input, model, checkpoints, training, evaluation, the run, flags.
+In this order: input, model, checkpoints, training, evaluation, export, the run
+that joins these, and what starts it: flags, signals, devices, `main`.
 
 References:
   [1] Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: Deep Residual Learning
@@ -66,9 +67,6 @@ WIDTH = 32
 DEPTH = 3
 NUM_CLASSES = len(cifar10.CLASSES)
 NUM_TRAIN_IMAGES = 50000
-FILES = {'train': cifar10.TRAIN_FILES,
-         'eval': [cifar10.TEST_FILE], 'infer': [cifar10.TEST_FILE]}
-NUM_SYNTHETIC_RECORDS = {'train': 5000, 'eval': 1000, 'infer': 1000}
 
 PADDING = 4  # black pixels on each side, before a random crop to 32x32 [1]
 SHUFFLE_RECORDS = int(NUM_TRAIN_IMAGES * 0.4)  # and three batches
@@ -93,10 +91,10 @@ NUM_SUMMARY_IMAGES = 6
 
 def filenames(mode: str, data_dir: str) -> list[str]:
   """Returns the paths of the record files for 'train', 'eval' or 'infer'."""
-  folder = data_dir
-  if os.path.basename(os.path.abspath(folder)) != cifar10.FOLDER_NAME:
-    folder = os.path.join(folder, cifar10.FOLDER_NAME)
-  return [os.path.join(folder, name) for name in FILES[mode]]
+  if os.path.basename(os.path.abspath(data_dir)) != cifar10.FOLDER_NAME:
+    data_dir = os.path.join(data_dir, cifar10.FOLDER_NAME)
+  names = cifar10.TRAIN_FILES if mode == 'train' else [cifar10.TEST_FILE]
+  return [os.path.join(data_dir, name) for name in names]
 
 
 def synthetic_records(mode: str) -> np.ndarray:
@@ -107,8 +105,8 @@ def synthetic_records(mode: str) -> np.ndarray:
   patterns = np.random.default_rng(0).integers(
       64, 192, [NUM_CLASSES, DEPTH, HEIGHT // 8, WIDTH // 8])
   patterns = patterns.repeat(8, axis=2).repeat(8, axis=3)
-  generator = np.random.default_rng(1 if mode == 'train' else 2)
-  num_records = NUM_SYNTHETIC_RECORDS[mode]
+  seed, num_records = (1, 5000) if mode == 'train' else (2, 1000)
+  generator = np.random.default_rng(seed)
   labels = generator.integers(0, NUM_CLASSES, num_records)
   images = patterns[labels].reshape(num_records, -1)
   images += generator.integers(-64, 64, images.shape)
@@ -118,15 +116,12 @@ def synthetic_records(mode: str) -> np.ndarray:
 def record_dataset(
     records: tf.Tensor, mode: str, batch_size: int, seed: int = 0,
     step: int = 0, steps_per_eval: int = 4000,
-    context: tf.distribute.InputContext | None = None) -> tf.data.Dataset:
-  """Batches records, uint8 [N, 3073], each with two numbers, int64 [].
-
-  These are the number of the batch, and where in it the records begin: not at 0
-  where several replicas share the batch. They take turns in the dataset.
+    share: slice = slice(None)) -> tf.data.Dataset:
+  """Batches records, uint8 [N, 3073], each with its batch's number, int64 [].
 
   To train: shuffled without end, in each cycle of `steps_per_eval` batches
   anew, by `seed`; begins with batch number `step`. For other modes once and in
-  order; the last batch holds the rest.
+  order; the last batch holds the rest. Only `share` of each batch is gathered.
   """
   # Dataset.shuffle mixes the global seed with its own: always the same one. Not
   # 0, with which it fails.
@@ -141,30 +136,13 @@ def record_dataset(
         SHUFFLE_RECORDS + 3 * batch_size, cycle_seed, False)
     return shuffled.batch(batch_size, drop_remainder=True).take(steps_per_eval)
 
-  number_of_batches = tf.data.INFINITE_CARDINALITY
   if mode == 'train':
     cycles = tf.data.Dataset.range(step // steps_per_eval, tf.int64.max)
     batches = cycles.flat_map(batches_of).skip(step % steps_per_eval)
   else:
     batches = numbers.batch(batch_size)
-    number_of_batches = batches.cardinality()
-  context = context or tf.distribute.InputContext()
-  replicas = context.num_replicas_in_sync
-  here = replicas // context.num_input_pipelines
-  first = context.input_pipeline_id * here
-
-  def shares_of(number, batch):
-    shares = tf.reshape(batch, [replicas, -1])[first:first + here]
-    begins = tf.range(first, first + here) * (batch_size // replicas)
-    return tf.data.Dataset.from_tensor_slices(
-        (tf.fill([here], number), begins, shares))
-
-  batches = batches.enumerate(step).flat_map(shares_of)
-  # Without that, the replicas ask each other at each step.
-  batches = batches.apply(
-      tf.data.experimental.assert_cardinality(number_of_batches))
-  return batches.map(
-      lambda number, begin, share: (number, begin, tf.gather(records, share)),
+  return batches.enumerate(step).map(
+      lambda number, batch: (number, tf.gather(records, batch[share])),
       num_parallel_calls=PARALLEL_BATCHES)
 
 
@@ -181,23 +159,23 @@ def dataset_parser(records: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 def train_preprocess_fn(
     images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor,
-    begin: tf.Tensor | int = 0, batch_size: int | None = None
+    batch_size: int | None = None, share: slice = slice(None)
     ) -> tuple[tf.Tensor, tf.Tensor]:
   """Pads each image, [N, 32, 32, 3], crops it at random, flips half of them.
 
   Comes before standardization, so that the padding is black, not mean grey.
-  The same seed, int64 [2], draws the same, also for those images of a batch of
-  `batch_size` which begin at `begin`.
+  The same seed, int64 [2], draws the same for an image, also where only that
+  `share` of the batch is here.
   """
-  number = tf.shape(images)[0]
+  if batch_size is None:
+    batch_size = tf.shape(images)[0]
   # As rows of 96 values: tf.pad takes three times as long for rows of pixels.
   images = tf.reshape(images, [-1, HEIGHT, WIDTH * DEPTH])
   images = tf.pad(
       images, [[0, 0], [PADDING, PADDING], [PADDING * DEPTH, PADDING * DEPTH]])
   corners = 2 * PADDING + 1  # in each direction
   view = tf.random.stateless_uniform(
-      [batch_size or number, 1], seed, 0, corners * corners * 2, tf.int32)
-  view = view[begin:][:number]
+      [batch_size, 1], seed, 0, corners * corners * 2, tf.int32)[share]
   top, left, flip = view // 2 // corners, view // 2 % corners, view % 2
   rows = top + tf.range(HEIGHT)  # [N, 32]
   columns = left + tf.where(
@@ -225,8 +203,8 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     step: How many steps are trained already: batches that are left out.
     steps_per_eval: Batches of a cycle. Each cycle shuffles all records anew, as
       the original's input did, which was started for each.
-    context: Of several replicas, which are the ones to serve: each gets its
-      share of the batch.
+    context: Of the machine's replicas, which train by turns on what comes: each
+      gets its share of the batch.
 
   Returns:
     Dataset of standardized images, float32 [N, 32, 32, 3], and one-hot labels,
@@ -245,16 +223,21 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     records = tf.concat(parts, axis=0)
   logging.info('%s records to %s from %s', f'{len(records):,}',
                'train' if mode == 'train' else 'evaluate', source)
+  share = slice(None)
+  if context:
+    size = batch_size // context.num_input_pipelines
+    share = slice(size * context.input_pipeline_id,
+                  size * (context.input_pipeline_id + 1))
 
-  def preprocess(number, begin, records):
+  def preprocess(number, records):
     images, labels = dataset_parser(records)
     if mode == 'train':
       images, labels = train_preprocess_fn(
-          images, labels, [seed, number], begin, batch_size)
+          images, labels, [seed, number], batch_size, share)
     return tf.image.per_image_standardization(images), labels
 
   dataset = record_dataset(
-      records, mode, batch_size, seed, step, steps_per_eval, context)
+      records, mode, batch_size, seed, step, steps_per_eval, share)
   dataset = dataset.map(preprocess, num_parallel_calls=PARALLEL_BATCHES)
   options = tf.data.Options()
   # Rewriting the pipeline would copy the records and gain nothing. Tuning it
@@ -262,8 +245,13 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
   options.experimental_optimization.apply_default_optimizations = False
   options.autotune.enabled = False
   dataset = dataset.with_options(options)
-  gpus = tf.config.list_logical_devices('GPU')
-  if gpus and context is None:  # else the distribution does that
+  if context:
+    dataset = dataset.rebatch(
+        batch_size // context.num_replicas_in_sync, drop_remainder=True)
+    # Else the replicas ask each other at each step whether there is more.
+    dataset = dataset.apply(
+        tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+  elif gpus := tf.config.list_logical_devices('GPU'):
     return dataset.apply(tf.data.experimental.prefetch_to_device(
         gpus[0].name, PREFETCH_BATCHES))
   return dataset.prefetch(PREFETCH_BATCHES)
@@ -327,12 +315,34 @@ class TrainState(tf.Module):
     self.train_accuracy = tf.Variable(
         [0, 0], False, name='train_accuracy', dtype=tf.int64)
 
-  def take_from_chief(self) -> None:
-    """Gives all machines the values of the first one."""
-    values = totals([v.numpy() if is_chief() else tf.zeros_like(v)
-                     for v in self.variables])
-    for variable, value in zip(self.variables, values):
-      variable.assign(value)
+
+def make_state(resnet_size: int, data_format: str | None, dtype: str,
+               seed: int | None) -> TrainState:
+  """Returns a new network's state, by a seed that is drawn if None is given.
+
+  Raises:
+    Cifar10Error: The device has no such convolutions.
+  """
+  check_device(data_format, dtype)
+  if seed is None:
+    seed = np.random.SeedSequence().generate_state(1).item()
+  tf.keras.utils.set_random_seed(seed)  # of the initial values
+  network = resnet_model.cifar10_resnet_v2_generator(
+      resnet_size, NUM_CLASSES, data_format, DTYPES[dtype])
+  return TrainState(network, seed)
+
+
+def check_device(data_format: str | None, dtype: str) -> None:
+  """Raises Cifar10Error where the device has no such convolutions."""
+  one = tf.ones([1, 1, 1, 1], DTYPES[dtype])
+  layout = 'NCHW' if data_format == 'channels_first' else 'NHWC'
+  try:
+    tf.nn.conv2d(one, one, 1, 'SAME', layout)
+  except tf.errors.OpError:
+    flag = (f'--dtype={dtype}' if layout == 'NHWC'
+            else '--data_format=channels_first')
+    raise Cifar10Error(f'{flag} does not run on this device: leave it '
+                       'out') from None
 
 
 def tf1_name(variable: tf.Variable) -> str:
@@ -356,7 +366,6 @@ class Checkpoints:
     self._model_dir = model_dir
     self._prefix = os.path.join(model_dir, 'model.ckpt')
     self._variables = {tf1_name(v): v for v in state.variables}
-    self._not_in_2017 = tf1_name(state.seed), tf1_name(state.train_accuracy)
     # It deletes only what it wrote itself: files of 2017 stay, and those that
     # a `checkpoint` file copied from another folder may name.
     checkpoint = tf.train.Checkpoint(**self._variables)
@@ -394,10 +403,8 @@ class Checkpoints:
     """
     steps = self.steps()
     for step in steps:
-      path = f'{self._prefix}-{step}'
       try:
-        self.restore(path)
-        self.newest = path
+        self.restore(f'{self._prefix}-{step}')
         return
       except DamagedError as error:
         logging.warning('%s: trying the one before', error)
@@ -418,7 +425,7 @@ class Checkpoints:
           reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
     except (tf.errors.OpError, RuntimeError, LookupError, ValueError) as error:
       raise DamagedError(f'{path} is damaged ({reason(error)})') from None
-    for name in self._not_in_2017:
+    for name in ('seed', 'train_accuracy'):  # not in those of 2017
       values.setdefault(name, self._variables[name].numpy())
     for name, variable in self._variables.items():
       if name not in values or values[name].shape != variable.shape:
@@ -433,6 +440,7 @@ class Checkpoints:
             'go on from the one before, or name another --model_dir')
     for name, variable in self._variables.items():
       variable.assign(values[name])
+    self.newest = path
 
   def save(self) -> None:
     """Saves a checkpoint, of which the newest five stay.
@@ -522,10 +530,8 @@ def train_step(state: TrainState, schedule: Callable, compute: Callable,
     What is logged of a step, from before its update: cross_entropy, loss and
     learning_rate, float32 []; correct, int64 []; up to six of the images.
   """
-  variables = state.network.trainable_variables
   gradients, values = compute(features, labels)
-  strategy = tf.distribute.get_strategy()
-  replicas = strategy.num_replicas_in_sync
+  replicas = tf.distribute.get_strategy().num_replicas_in_sync
   if replicas > 1:
     # Each normalizes its own share of the batch. The moving averages become the
     # mean over the replicas.
@@ -536,7 +542,8 @@ def train_step(state: TrainState, schedule: Callable, compute: Callable,
     for variable, value in zip(averages, moving):
       variable.assign(value)
   learning_rate = schedule(state.global_step)
-  for variable, accum, gradient in zip(variables, state.momentum, gradients):
+  for variable, accum, gradient in zip(
+      state.network.trainable_variables, state.momentum, gradients):
     # accum = 0.9 * accum + gradient; variable -= learning_rate * accum. Keras
     # accumulates the learning rate too: other numbers after each of its drops.
     tf.raw_ops.ResourceApplyMomentum(
@@ -589,7 +596,9 @@ def make_inner_loop(state: TrainState, batch_size: int,
               'images': tf.zeros([num_images, HEIGHT, WIDTH, DEPTH])}
     finite_steps = tf.constant(0, tf.int64)
     for _ in tf.range(num_steps):
-      values = first_of_replicas(strategy.run(step, next(iterator)))
+      values = tf.nest.map_structure(
+          lambda value: strategy.experimental_local_results(value)[0],
+          strategy.run(step, next(iterator)))
       finite_steps += tf.cast(tf.math.is_finite(values['loss']), tf.int64)
     return {**values, 'finite_steps': finite_steps}
 
@@ -612,7 +621,7 @@ def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
   step = state.global_step.numpy().item()
   if step == cycle_start:  # as in the original, anew in each cycle
     state.train_accuracy.assign([0, 0])
-  first_step, num_steps, logged_at, pace = step + 1, 1, None, None
+  first_step, num_steps, pace, logged_at = step + 1, 1, None, None
   while step < last_step:
     to_next_log = (cycle_start - step) % LOG_STEPS + 1
     num_steps = min(num_steps, to_next_log, last_step - step)
@@ -640,9 +649,9 @@ def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
         values['global_step/sec'] = LOG_STEPS / values['seconds']
       logged_at = now
     yield step, pace, values if is_logged else {}
-    # The same on all machines.
-    num_steps, machines = totals([int(PIECE_SECONDS / seconds), 1])
-    num_steps = max(1, num_steps // machines)
+    # The speed of the first machine decides for all.
+    num_steps = max(1, int(PIECE_SECONDS / seconds))
+    num_steps = int(total(num_steps * is_chief()))
   logging.info('Loss for final step: %s.', values['loss'])
 
 
@@ -736,8 +745,8 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
 def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
                      confusion_matrix: np.ndarray) -> None:
   """Writes what TensorBoard shows of an evaluation, as evaluate returns it."""
-  shares = confusion_matrix / np.maximum(
-      confusion_matrix.sum(axis=1, keepdims=True), 1)
+  images = confusion_matrix.sum(axis=1, keepdims=True)
+  shares = confusion_matrix / np.maximum(images, 1)
   # Squares of 24 pixels, white to black. The root lets a few percent be seen.
   image = 1 - np.sqrt(shares).repeat(24, axis=0).repeat(24, axis=1)
   names = ', '.join(cifar10.CLASSES)
@@ -749,9 +758,7 @@ def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
     tf.summary.image('confusion_matrix', image[None, ..., None], description=(
         f'A row for each label, a column for each predicted class: {names}. '
         'The more of the row are in a square, the darker it is.'))
-    tf.summary.text('confusion_matrix_in_numbers', markdown_table(
-        ['label \\ predicted', *cifar10.CLASSES],
-        ([name, *row] for name, row in zip(cifar10.CLASSES, confusion_matrix))))
+  writer.flush()
 
 
 def class_accuracies(confusion_matrix: np.ndarray) -> dict[str, float]:
@@ -760,238 +767,32 @@ def class_accuracies(confusion_matrix: np.ndarray) -> dict[str, float]:
   return dict(zip(cifar10.CLASSES, confusion_matrix.diagonal() / images))
 
 
-def markdown_table(head: Iterable, rows: Iterable[Iterable]) -> str:
-  """Returns a table in Markdown, which TensorBoard shows as one."""
-  head = list(head)
-  return '\n'.join(f'| {" | ".join(map(str, row))} |'
-                   for row in (head, ['---'] * len(head), *rows))
-
-
 def shortest(value: float) -> float:
   """Returns the number that prints with no more digits than float32 has."""
   return float(str(np.float32(value)))
 
 
-def train_and_evaluate(
-    data_dir: str | None, model_dir: str, resnet_size: int, train_steps: int,
-    steps_per_eval: int, batch_size: int, save_checkpoints_secs: int = 600,
-    data_format: str | None = None, dtype: str = 'fp32', xla: str = 'auto',
-    seed: int | None = None, use_synthetic_data: bool = False,
-    eval_only: bool = False, flag_values: dict | None = None,
-    interrupted: Callable[[], bool] = lambda: False) -> bool:
-  """Trains and evaluates in turn, up to `train_steps` in all.
-
-  Goes on from the newest checkpoint in `model_dir`. In the scope of a
-  tf.distribute strategy, all its replicas share each batch.
-
-  Args:
-    flag_values: What TensorBoard is to show as the flags of the run.
-    interrupted: Is asked after each piece of about a second whether to save and
-      return. The others are the flags of the same names.
-
-  Returns:
-    Whether all is done: False if it was interrupted, here or elsewhere.
+def evaluate_only(data_dir: str | None, model_dir: str, resnet_size: int,
+                  batch_size: int, data_format: str | None = None,
+                  dtype: str = 'fp32', use_synthetic_data: bool = False
+                  ) -> None:
+  """Evaluates the newest checkpoint; prints the accuracy of each class too.
 
   Raises:
-    Cifar10Error: Data, checkpoint or model folder are not as they should be, or
-      the loss is not finite any more.
-    OSError: The model folder cannot be written.
+    Cifar10Error: There is none, or it or the data are not as they should be.
   """
-  eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
-  state = make_state(resnet_size, data_format, dtype, seed)
-  checkpoints = Checkpoints(model_dir, state, save_checkpoints_secs)
-  steps_there = checkpoints.steps()
+  dataset = input_fn('eval', data_dir, batch_size, use_synthetic_data)
+  state = make_state(resnet_size, data_format, dtype, seed=0)
+  checkpoints = Checkpoints(model_dir, state)
   checkpoints.restore_newest()
-  if eval_only and checkpoints.newest is None and is_chief():
+  if checkpoints.newest is None:
     raise Cifar10Error(f'{model_dir} holds no checkpoint to evaluate: train '
                        'first, or name another --model_dir')
-  if on_machines():
-    state.take_from_chief()
-  evaluate_now = functools.partial(
-      evaluate, make_eval_step(state.network), eval_data)
-  step = state.global_step.numpy().item()
-  if eval_only:
-    if is_chief():
-      _, confusion_matrix = evaluate_now(checkpoints.newest, step)
-      for name, accuracy in class_accuracies(confusion_matrix).items():
-        print(f'{name:10} {accuracy:.4f}')
-    return True
-
-  run_seed = state.seed.numpy().item()
-  if seed not in (None, run_seed):
-    raise Cifar10Error(f'{model_dir} was trained with --seed={run_seed}, not '
-                       f'{seed}: leave it out, or name another --model_dir')
-  train_data = distributed_input(batch_size, functools.partial(
-      input_fn, 'train', data_dir, batch_size, use_synthetic_data, run_seed,
-      step, steps_per_eval))
-  with cifar10.sole_use(model_dir):
-    if checkpoints.steps() != steps_there:
-      raise Cifar10Error(f'Another run has just saved in {model_dir}: start '
-                         'again, or name another --model_dir')
-    facts = describe_run(state, resnet_size, xla)
-    log_run(facts, step, train_steps, batch_size)
-    train_writer = tf.summary.create_file_writer(model_dir)
-    eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
-    with train_writer.as_default(step):
-      tf.summary.text('run', markdown_table(
-          ['', ''], {**(flag_values or {}), **facts}.items()))
-    hooks = [log_values, functools.partial(write_summaries, train_writer)]
-    inner_loop = make_inner_loop(state, batch_size, uses_xla(xla))
-    if checkpoints.newest is None:
-      checkpoints.save()
-    # One input for all cycles: the next one's first batches are ready when an
-    # evaluation ends.
-    iterator = iter(train_data)
-    cifar10.show_status('Building the training step')
-    stop = False
-    while not stop:
-      # A run that was killed at the end of a cycle still owes its evaluation.
-      if is_chief() and (
-          step >= train_steps or (step and step % steps_per_eval == 0)):
-        write_evaluation(eval_writer, *evaluate_now(checkpoints.newest, step))
-        train_writer.flush()
-        eval_writer.flush()
-      if step >= train_steps:
-        break
-      # Cycles end at multiples of steps_per_eval, after an interruption too.
-      cycle_start = step - step % steps_per_eval
-      last_step = min(cycle_start + steps_per_eval, train_steps)
-      for step, pace, values in train(inner_loop, iterator, state, cycle_start,
-                                      last_step, batch_size):
-        for hook in hooks if values else ():
-          hook(step, values)
-        show_progress(step, last_step, train_steps, batch_size, pace)
-        stop, = totals([interrupted()])
-        if stop or step == last_step or checkpoints.is_due():
-          checkpoints.save()
-        if stop:
-          logging.warning('Stopped after step %d, saved as %s: the same '
-                          'command goes on from there', step,
-                          checkpoints.newest)
-          break
-    totals([0])  # no machine leaves before all have written
-    return not stop
-
-
-def on_machines() -> bool:
-  """Tells whether this process is one of several, on as many machines."""
-  return isinstance(tf.distribute.get_strategy(),
-                    tf.distribute.MultiWorkerMirroredStrategy)
-
-
-def is_chief() -> bool:
-  """Tells whether this is, of all machines, the one that saves and prints."""
-  if not on_machines():
-    return True
-  resolver = tf.distribute.get_strategy().cluster_resolver
-  return resolver.task_type == 'chief' or (
-      resolver.task_id == 0 and 'chief' not in resolver.cluster_spec().jobs)
-
-
-def first_of_replicas(values: list | tuple | dict) -> list | tuple | dict:
-  """Returns the values of the first replica on this machine."""
-  strategy = tf.distribute.get_strategy()
-  return tf.nest.map_structure(
-      lambda value: strategy.experimental_local_results(value)[0], values)
-
-
-def totals(values: list) -> list:
-  """Returns the sums of the machines' values; all have to call this."""
-  if not on_machines():
-    return values
-  sums = sums_over_machines(tf.distribute.get_strategy(),
-                            [tf.convert_to_tensor(value) for value in values])
-  return [value.numpy() for value in first_of_replicas(sums)]
-
-
-@functools.partial(tf.function, reduce_retracing=True)
-def sums_over_machines(strategy: tf.distribute.Strategy,
-                       values: list[tf.Tensor]) -> list[tf.Tensor]:
-  """Returns the sums, once for each replica of this machine."""
-  replicas_here = len(strategy.extended.worker_devices)
-
-  def sums():
-    context = tf.distribute.get_replica_context()
-    counts = context.replica_id_in_sync_group % replicas_here == 0
-    return context.all_reduce(
-        'SUM', [tf.where(counts, value, 0) for value in values])
-
-  return strategy.run(sums)
-
-
-def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
-  """Returns a dataset of which each replica gets its share.
-
-  Raises:
-    Cifar10Error: The batch cannot be shared out evenly.
-  """
-  strategy = tf.distribute.get_strategy()
-  replicas = strategy.num_replicas_in_sync
-  if batch_size % replicas:
-    raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
-                       f'{replicas} replicas that share it: make it one')
-  if replicas == 1:
-    return make_dataset()
-  return strategy.distribute_datasets_from_function(
-      lambda context: make_dataset(context=context))
-
-
-def make_state(resnet_size: int, data_format: str | None, dtype: str,
-               seed: int | None) -> TrainState:
-  """Returns a new network's state, by a seed that is drawn if None is given."""
-  check_device(data_format, dtype)
-  if seed is None:
-    seed = np.random.SeedSequence().generate_state(1).item()
-  tf.keras.utils.set_random_seed(seed)  # of the initial values
-  network = resnet_model.cifar10_resnet_v2_generator(
-      resnet_size, NUM_CLASSES, data_format, DTYPES[dtype])
-  return TrainState(network, seed)
-
-
-def check_device(data_format: str | None, dtype: str) -> None:
-  """Raises Cifar10Error where the device has no such convolutions."""
-  one = tf.ones([1, 1, 1, 1], DTYPES[dtype])
-  layout = 'NCHW' if data_format == 'channels_first' else 'NHWC'
-  try:
-    tf.nn.conv2d(one, one, 1, 'SAME', layout)
-  except tf.errors.OpError:
-    flag = (f'--dtype={dtype}' if layout == 'NHWC'
-            else '--data_format=channels_first')
-    raise Cifar10Error(f'{flag} does not run on this device: leave it '
-                       'out') from None
-
-
-def describe_run(state: TrainState, resnet_size: int, xla: str) -> dict:
-  """Returns what the run uses, to log it and for TensorBoard."""
-  device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
-  for gpu in tf.config.get_visible_devices('GPU')[:1]:
-    details = tf.config.experimental.get_device_details(gpu)
-    device = details.get('device_name', 'GPU')
-  replicas = tf.distribute.get_strategy().num_replicas_in_sync
-  if replicas > 1:
-    device = f'{replicas} replicas: {device}'
-  network = state.network
-  parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
-  return {'network': f'ResNet-{resnet_size}, {parameters:,} parameters, '
-                     f'{network.data_format}, {network.dtype.name}',
-          'XLA': 'on' if uses_xla(xla) else 'off', 'device': device,
-          'seed': state.seed.numpy(), 'TensorFlow': tf.__version__,
-          'NumPy': np.__version__, 'Python': platform.python_version()}
-
-
-def log_run(facts: dict, step: int, train_steps: int, batch_size: int) -> None:
-  """Logs what the run will use and do."""
-  logging.info('%(network)s, XLA %(XLA)s, on %(device)s, seed %(seed)d', facts)
-  if step >= train_steps:
-    logging.info('All %d steps are trained already: only evaluating. A higher '
-                 '--train_steps would train on', train_steps)
-    return
-  boundaries = learning_rate_schedule(batch_size).boundaries
-  logging.info(
-      'Training steps %d to %d, batch size %d. The learning rate drops after '
-      'steps %s%s', step + 1, train_steps, batch_size,
-      ', '.join(map(str, boundaries)),
-      ', all beyond this run' if train_steps <= boundaries[0] else '')
+  _, confusion_matrix = evaluate(
+      make_eval_step(state.network), dataset, checkpoints.newest,
+      state.global_step.numpy().item())
+  for name, accuracy in class_accuracies(confusion_matrix).items():
+    print(f'{name:10} {accuracy:.4f}')
 
 
 class Classifier(tf.Module):
@@ -1004,23 +805,10 @@ class Classifier(tf.Module):
   @tf.function(input_signature=[
       tf.TensorSpec([None, HEIGHT, WIDTH, DEPTH], tf.uint8, 'images')])
   def __call__(self, images):
-    outputs = model_fn(
-        tf.image.per_image_standardization(images), None, 'infer',
-        self._network)
+    outputs = model_fn(tf.image.per_image_standardization(images), None,
+                       'infer', self._network)
     return {**outputs, 'class_names': tf.gather(
         cifar10.CLASSES, outputs['classes'])}
-
-
-def check_export_dir(export_dir: str) -> None:
-  """Raises Cifar10Error unless the folder is empty, or new, and writable."""
-  try:
-    with cifar10.sole_use(export_dir):
-      if os.listdir(export_dir):
-        raise Cifar10Error(f'--export_dir={export_dir} is not empty: empty it, '
-                           'or name another one')
-  except OSError as error:
-    raise Cifar10Error(f'Cannot write to --export_dir={export_dir} '
-                       f'({error.strerror}): name another one') from None
 
 
 def export(model_dir: str, export_dir: str, resnet_size: int,
@@ -1047,6 +835,177 @@ def export(model_dir: str, export_dir: str, resnet_size: int,
   logging.info('Exported %s to %s', checkpoints.newest, export_dir)
 
 
+def train_and_evaluate(
+    data_dir: str | None, model_dir: str, resnet_size: int, train_steps: int,
+    steps_per_eval: int, batch_size: int, save_checkpoints_secs: int = 600,
+    data_format: str | None = None, dtype: str = 'fp32', xla: str = 'auto',
+    seed: int | None = None, use_synthetic_data: bool = False,
+    flag_values: dict | None = None,
+    interrupted: Callable[[], bool] = lambda: False) -> bool:
+  """Trains and evaluates in turn, up to `train_steps` in all.
+
+  Goes on from the newest checkpoint in `model_dir`. In the scope of a
+  tf.distribute strategy, all its replicas share each batch.
+
+  Args:
+    flag_values: What TensorBoard is to show as the flags of the run.
+    interrupted: Is asked after each piece of about a second whether to save and
+      return. The others are the flags of the same names.
+
+  Returns:
+    Whether all is done: False if it was interrupted, here or elsewhere.
+
+  Raises:
+    Cifar10Error: Data, checkpoint or model folder are not as they should be, or
+      the loss is not finite any more.
+    OSError: The model folder cannot be written.
+  """
+  eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
+  state = make_state(resnet_size, data_format, dtype, seed)
+  checkpoints = Checkpoints(model_dir, state, save_checkpoints_secs)
+  steps_there = checkpoints.steps()
+  checkpoints.restore_newest()
+  take_from_chief(state.variables)
+  run_seed = state.seed.numpy().item()
+  if seed not in (None, run_seed):
+    raise Cifar10Error(f'{model_dir} was trained with --seed={run_seed}, not '
+                       f'{seed}: leave it out, or name another --model_dir')
+  step = state.global_step.numpy().item()
+  train_data = distributed_input(batch_size, functools.partial(
+      input_fn, 'train', data_dir, batch_size, use_synthetic_data, run_seed,
+      step, steps_per_eval))
+  with cifar10.sole_use(model_dir):
+    if checkpoints.steps() != steps_there:
+      raise Cifar10Error(f'Another run has just saved in {model_dir}: start '
+                         'again, or name another --model_dir')
+    facts = describe_run(state, resnet_size, xla, train_steps, batch_size)
+    train_writer = tf.summary.create_file_writer(model_dir)
+    eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
+    with train_writer.as_default(step):
+      facts.update(flag_values or {})
+      tf.summary.text('run', '\n'.join(['| | |', '|---|---|', *(
+          f'| {name} | {value} |' for name, value in facts.items())]))
+    eval_step = make_eval_step(state.network)
+
+    def evaluate_now(step):
+      write_evaluation(eval_writer, *evaluate(
+          eval_step, eval_data, checkpoints.newest, step))
+      train_writer.flush()
+
+    if checkpoints.newest is None:
+      checkpoints.save()
+    return run_cycles(
+        state, checkpoints, iter(train_data), train_steps, steps_per_eval,
+        batch_size, uses_xla(xla), evaluate_now, interrupted,
+        [log_values, functools.partial(write_summaries, train_writer)])
+
+
+def run_cycles(
+    state: TrainState, checkpoints: Checkpoints, iterator: Iterator,
+    train_steps: int, steps_per_eval: int, batch_size: int, xla: bool,
+    evaluate_now: Callable[[int], None], interrupted: Callable[[], bool],
+    hooks: list[Callable[[int, dict], None]]) -> bool:
+  """Trains, saves and evaluates; returns False where it was interrupted."""
+  inner_loop = make_inner_loop(state, batch_size, xla)
+  cifar10.show_status('Building the training step')
+  step = state.global_step.numpy().item()
+  while True:
+    # A run that was killed at the end of a cycle still owes its evaluation.
+    if is_chief() and (
+        step >= train_steps or (step and step % steps_per_eval == 0)):
+      evaluate_now(step)
+    if step >= train_steps:
+      return True
+    # Cycles end at multiples of steps_per_eval, after an interruption too.
+    cycle_start = step - step % steps_per_eval
+    last_step = min(cycle_start + steps_per_eval, train_steps)
+    for step, pace, values in train(
+        inner_loop, iterator, state, cycle_start, last_step, batch_size):
+      for hook in hooks if values else ():
+        hook(step, values)
+      show_progress(step, last_step, train_steps, batch_size, pace)
+      stop = total(int(interrupted()))
+      if stop or step == last_step or checkpoints.is_due():
+        checkpoints.save()
+      if stop:
+        logging.warning('Stopped after step %d, saved as %s: the same command '
+                        'goes on from there', step, checkpoints.newest)
+        return False
+
+
+def is_chief() -> bool:
+  """Tells whether this is, of all machines, the one that saves and prints."""
+  return tf.distribute.get_strategy().extended.should_checkpoint
+
+
+def total(value: np.ndarray | int) -> np.ndarray | int:
+  """Returns the sum of the machines' values; all have to call this."""
+  strategy = tf.distribute.get_strategy()
+  if strategy.num_replicas_in_sync == 1:
+    return value
+  value = tf.constant(value)
+  replicas_here = len(strategy.extended.worker_devices)
+  values = strategy.experimental_distribute_values_from_function(
+      lambda context: value if (
+          context.replica_id_in_sync_group % replicas_here == 0
+          ) else tf.zeros_like(value))
+  return strategy.reduce('SUM', values, axis=None).numpy()
+
+
+def take_from_chief(variables: Iterable[tf.Variable]) -> None:
+  """Gives all machines the values of the first one."""
+  for variable in variables:
+    variable.assign(total(variable.numpy() * is_chief()))
+
+
+def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
+  """Returns a dataset of which each replica gets its share.
+
+  Raises:
+    Cifar10Error: The batch cannot be shared out evenly.
+  """
+  strategy = tf.distribute.get_strategy()
+  replicas = strategy.num_replicas_in_sync
+  if replicas == 1:
+    return make_dataset()
+  if batch_size % replicas:
+    raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
+                       f'{replicas} replicas that share it: make it one')
+  return strategy.distribute_datasets_from_function(
+      lambda context: make_dataset(context=context))
+
+
+def describe_run(state: TrainState, resnet_size: int, xla: str,
+                 train_steps: int, batch_size: int) -> dict:
+  """Logs what the run will use and do; returns what it uses, by name."""
+  device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
+  for gpu in tf.config.get_visible_devices('GPU')[:1]:
+    details = tf.config.experimental.get_device_details(gpu)
+    device = details.get('device_name', 'GPU')
+  replicas = tf.distribute.get_strategy().num_replicas_in_sync
+  if replicas > 1:
+    device = f'{replicas} replicas: {device}'
+  network = state.network
+  parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
+  facts = {
+      'network': f'ResNet-{resnet_size}, {parameters:,} parameters, '
+                 f'{network.data_format}, {network.dtype.name}',
+      'XLA': 'on' if uses_xla(xla) else 'off', 'device': device,
+      'seed': state.seed.numpy(), 'TensorFlow': tf.__version__,
+      'NumPy': np.__version__, 'Python': platform.python_version()}
+  logging.info('%(network)s, XLA %(XLA)s, on %(device)s, seed %(seed)d', facts)
+  step = state.global_step.numpy()
+  if step >= train_steps:
+    logging.info('All %d steps are trained already: only evaluating. A higher '
+                 '--train_steps would train on', train_steps)
+  else:
+    logging.info(
+        'Training steps %d to %d, batch size %d. The learning rate drops after '
+        'steps %d, %d and %d', step + 1, train_steps, batch_size,
+        *learning_rate_schedule(batch_size).boundaries)
+  return facts
+
+
 def define_flags() -> None:
   """Defines the flags of this script."""
   cifar10.define_data_dir()
@@ -1055,23 +1014,21 @@ def define_flags() -> None:
       'model_dir', '/tmp/cifar10_model',
       'Folder of the checkpoints and TensorBoard events. By default, synthetic '
       'data has a folder of its own, with _synthetic behind the name.')
-  cifar10.register_path_validator('model_dir')
-  flags.DEFINE_integer(
-      'resnet_size', 32, 'Depth of the network, 6n + 2: 8, 14, 20, 32, 44, ...')
+  flags.DEFINE_integer('resnet_size', 32, 'Depth of the network, 6n + 2.')
+  flags.register_validator('resnet_size', resnet_model.is_resnet_size,
+                           'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')
   flags.DEFINE_integer(
       'train_steps', 100000,
-      'Batches to train in all, those of earlier runs in model_dir included.',
-      lower_bound=1)
+      'Batches to train in all, earlier runs in model_dir included.', 1)
   flags.DEFINE_integer(
-      'steps_per_eval', 4000, 'Batches between evaluations.', lower_bound=1)
+      'steps_per_eval', 4000, 'Batches between evaluations.', 1)
   flags.DEFINE_integer(
       'batch_size', 128,
       'Images per batch. The learning rate is in proportion to it.',
-      lower_bound=1, upper_bound=NUM_TRAIN_IMAGES)
+      1, NUM_TRAIN_IMAGES)
   flags.DEFINE_integer(
       'save_checkpoints_secs', 600,
-      'Seconds between checkpoints, beside those at the ends of cycles.',
-      lower_bound=1)
+      'Seconds between checkpoints, beside those at the ends of cycles.', 1)
   flags.DEFINE_enum(
       'data_format', None, ['channels_first', 'channels_last'],
       'Layout of the images in the network. By default the faster one: '
@@ -1084,13 +1041,12 @@ def define_flags() -> None:
       'Compile the training step by XLA. auto: on a GPU, not on a CPU.')
   flags.DEFINE_integer(
       'num_gpus', None,
-      'GPUs to use on this machine, -1: all, 0: the CPU. By default one, if '
-      'there is one. They share each batch.', lower_bound=-1)
+      'GPUs to use on this machine, which share each batch. -1: all, 0: the '
+      'CPU. By default one, if there is one.', -1)
   flags.DEFINE_integer(
       'seed', None,
       'Draws the initial values and the batches. A run with a seed can be '
-      'repeated exactly; without one it draws one and logs it.',
-      lower_bound=0, upper_bound=2**32 - 1)
+      'repeated exactly; without one it draws one and logs it.', 0, 2**32 - 1)
   flags.DEFINE_bool(
       'use_synthetic_data', False,
       'Train and evaluate on made-up images: needs no data and no network.')
@@ -1101,10 +1057,8 @@ def define_flags() -> None:
       'export_dir', None,
       'New folder for a SavedModel, written after the training or, with '
       '--eval_only, without it.')
-  cifar10.register_path_validator('export_dir')
-  flags.register_validator(
-      'resnet_size', resnet_model.is_resnet_size,
-      'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')
+  for name in ('model_dir', 'export_dir'):
+    cifar10.register_path_validator(name)
 
 
 def note_signals() -> list[int]:
@@ -1187,44 +1141,61 @@ def log_filter(record: object) -> bool:
   return True
 
 
+def run(values: flags.FlagValues, strategy: tf.distribute.Strategy,
+        model_dir: str, interrupted: Callable[[], bool]) -> bool:
+  """Does what the flags ask for; returns False if it was interrupted."""
+  with strategy.scope():
+    chief = is_chief()
+  if values['verbosity'].using_default_value:
+    logging.set_verbosity(logging.INFO if chief else logging.WARNING)
+  export_dir = values.export_dir if chief else None
+  if values.num_gpus != 0:
+    warn_of_idle_gpu()
+  if export_dir and os.path.lexists(export_dir):
+    raise Cifar10Error(f'--export_dir={export_dir} is there already: name a '
+                       'new folder, or remove it')
+  finished = True
+  if not values.eval_only:
+    flag_values = {f'--{flag.name}': flag.value
+                   for flag in values.get_key_flags_for_module(
+                       values.find_module_defining_flag('model_dir'))}
+    with strategy.scope(), tempfile.TemporaryDirectory() as scratch:
+      if not chief:
+        logging.warning('The first machine logs, saves and prints')
+      finished = train_and_evaluate(
+          values.data_dir, model_dir if chief else scratch, values.resnet_size,
+          values.train_steps, values.steps_per_eval, values.batch_size,
+          values.save_checkpoints_secs, values.data_format, values.dtype,
+          values.xla, values.seed, values.use_synthetic_data, flag_values,
+          interrupted)
+      total(0)  # no machine leaves before all have written
+  elif chief:
+    evaluate_only(
+        values.data_dir, model_dir, values.resnet_size, values.batch_size,
+        values.data_format, values.dtype, values.use_synthetic_data)
+  if finished and export_dir:
+    export(model_dir, export_dir, values.resnet_size, values.dtype)
+  return finished
+
+
 def main(argv: list[str]) -> int:
   values = flags.FLAGS
   tf.get_logger().setLevel('ERROR')  # the rest is of no use to the user
   logging.get_absl_handler().addFilter(log_filter)
   if values.seed is not None:
     tf.config.experimental.enable_op_determinism()
-  model_dir = values.model_dir
+  model_dir = os.path.normpath(values.model_dir)
   if values.use_synthetic_data and values['model_dir'].using_default_value:
     # Real training must not go on from weights that learned made-up images.
     model_dir += '_synthetic'
-  flag_values = {
-      f'--{flag.name}': flag.value for flag in values.get_key_flags_for_module(
-          values.find_module_defining_flag('model_dir'))}
   try:
     if len(argv) > 1:
       raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
     strategy = make_strategy(values.num_gpus)
     signals = note_signals()  # now, since a cluster handles SIGTERM otherwise
-    with strategy.scope(), tempfile.TemporaryDirectory() as scratch:
-      if values['verbosity'].using_default_value:
-        logging.set_verbosity(logging.INFO if is_chief() else logging.WARNING)
-      export_dir = values.export_dir if is_chief() else None
-      if not is_chief():
-        logging.warning('The first machine logs, saves and prints')
-        model_dir = scratch
-      if values.num_gpus != 0:
-        warn_of_idle_gpu()
-      if export_dir:
-        check_export_dir(export_dir)
-      finished = train_and_evaluate(
-          values.data_dir, os.path.normpath(model_dir), values.resnet_size,
-          values.train_steps, values.steps_per_eval, values.batch_size,
-          values.save_checkpoints_secs, values.data_format, values.dtype,
-          values.xla, values.seed, values.use_synthetic_data, values.eval_only,
-          flag_values, lambda: bool(signals))
-    if finished and export_dir:
-      # Not in the scope: variables are made by all machines, or none, there.
-      export(model_dir, export_dir, values.resnet_size, values.dtype)
+    if run(values, strategy, model_dir, lambda: bool(signals)) and not signals:
+      return 0
+    return 128 + (signals or [signal.SIGTERM])[0]
   except Cifar10Error as error:
     message = str(error)
   except OSError as error:
@@ -1237,10 +1208,6 @@ def main(argv: list[str]) -> int:
       raise
     message = (f'Another machine does not answer ({reason(error)}): start all '
                'again, they go on from the last checkpoint')
-  else:
-    if finished and not signals:
-      return 0
-    return 128 + (signals or [signal.SIGTERM])[0]
   finally:
     cifar10.show_status()
   return sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')

@@ -156,7 +156,7 @@ def steps_side_by_side(golden, data_format, dtype, xla):
 
 @pytest.mark.parametrize(('data_format', 'xla'), [
     ('channels_last', True), ('channels_first', False),
-    ('channels_first', True)])
+    pytest.param('channels_first', True, marks=pytest.mark.slow)])
 def test_each_step_has_the_originals_numbers(golden, data_format, xla):
   xla = xla or needs_xla(data_format)
   for expected_values, values, state, expected in steps_side_by_side(
@@ -170,8 +170,10 @@ def test_each_step_has_the_originals_numbers(golden, data_format, xla):
       assert difference(ours.numpy(), theirs.numpy()) < 2e-2, ours.name
 
 
-@pytest.mark.parametrize('xla', [False, True])
-@pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
+@pytest.mark.parametrize(('dtype', 'xla'), [
+    ('bf16', False), ('fp16', True),
+    pytest.param('bf16', True, marks=pytest.mark.slow),
+    pytest.param('fp16', False, marks=pytest.mark.slow)])
 def test_each_step_has_about_the_same_numbers_in_16_bits(golden, dtype, xla):
   for expected_values, values, state, expected in steps_side_by_side(
       golden, None, cifar10_main.DTYPES[dtype], xla):
@@ -285,7 +287,7 @@ def draw_views(num_images):
   """Augments one image many times; returns the corners and flips drawn."""
   numbers = np.arange(32 * 32, dtype=np.float32).reshape(1, 32, 32, 1)
   image = np.repeat(numbers, 3, axis=3) + 1
-  images, _ = tf.function(cifar10_main.train_preprocess_fn)(
+  images, _ = cifar10_main.train_preprocess_fn(
       np.repeat(image, num_images, axis=0), np.zeros(num_images), [3, 4])
   # Pixel [15, 15] is never of the border, and its right neighbour tells of the
   # flip.
@@ -335,8 +337,7 @@ def test_evaluation_sees_each_image_once_in_order(tmp_path):
 
 def record_numbers(dataset, count):
   """Returns the numbers of the records in the next batches, [count, N]."""
-  steps, begins, batches = zip(*dataset.take(count))
-  assert not np.any(begins)
+  steps, batches = zip(*dataset.take(count))
   assert [int(step) for step in steps] == list(
       range(int(steps[0]), int(steps[0]) + count))
   return np.array([batch[:, 1].numpy().astype(int) * 100 + batch[:, 2]
@@ -438,8 +439,11 @@ def test_learning_rate_drops_after_the_boundaries(batch_size, boundaries):
 # --------------------------------------------------------------- the loop
 
 
-def run(data_dir, model_dir, **kwargs):
+def run(data_dir, model_dir, eval_only=False, **kwargs):
   """Runs on small data with small batches and the smallest network."""
+  if eval_only:
+    cifar10_main.evaluate_only(str(data_dir), str(model_dir), 8, 10)
+    return
   arguments = {'resnet_size': 8, 'train_steps': 4, 'steps_per_eval': 4,
                'batch_size': 10, **kwargs}
   cifar10_main.train_and_evaluate(str(data_dir), str(model_dir), **arguments)
@@ -504,7 +508,7 @@ def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys):
 
   test = event_accumulator.EventAccumulator(str(model_dir / 'eval')).Reload()
   assert set(test.Tags()['tensors']) == {
-      'accuracy', 'loss', 'confusion_matrix', 'confusion_matrix_in_numbers',
+      'accuracy', 'loss', 'confusion_matrix',
       *(f'accuracy_of_class/{name}' for name in cifar10.CLASSES)}
   for tag in test.Tags()['tensors']:
     assert [event.step for event in test.Tensors(tag)] == [205, 209]
@@ -627,23 +631,27 @@ def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
   assert checkpoints.items() <= contents(tmp_path / 'model').items()
 
 
-def test_a_copied_folder_leaves_the_one_it_came_from_alone(data_dir, tmp_path):
+def test_a_copied_folder_leaves_the_one_it_came_from_alone(tmp_path):
   ours, copy = tmp_path / 'model', tmp_path / 'copy'
-  run(data_dir, ours, train_steps=1)
+  state = make_state()
+  cifar10_main.Checkpoints(str(ours), state).save()
   # TensorFlow 1 wrote absolute paths.
   (ours / 'checkpoint').write_text(
-      f'model_checkpoint_path: "{ours}/model.ckpt-1"\n'
-      f'all_model_checkpoint_paths: "{ours}/model.ckpt-0"\n'
-      f'all_model_checkpoint_paths: "{ours}/model.ckpt-1"\n')
+      f'model_checkpoint_path: "{ours}/model.ckpt-0"\n'
+      f'all_model_checkpoint_paths: "{ours}/model.ckpt-0"\n')
   shutil.copytree(ours, copy)
   before = contents(ours)
-  run(data_dir, copy, train_steps=7, steps_per_eval=1)
+  checkpoints = cifar10_main.Checkpoints(str(copy), state)
+  for step in range(1, 8):
+    state.global_step.assign(step)
+    checkpoints.save()
   assert contents(ours) == before
   assert (copy / 'model.ckpt-7.index').exists()
 
 
-def test_resumed_run_is_exact(data_dir, tmp_path, log, capsys):
+def test_resumed_run_is_exact(data_dir, tmp_path, log, capsys, monkeypatch):
   """An interruption changes no bit, log line or result. The seed is kept."""
+  monkeypatch.setattr(cifar10_main, 'LOG_STEPS', 10)
 
   def lines():
     found = [re.sub(r' \(.* sec\)', '', line) for line in log
@@ -651,18 +659,18 @@ def test_resumed_run_is_exact(data_dir, tmp_path, log, capsys):
     del log[:]
     return found, capsys.readouterr().out.splitlines()
 
-  kwargs = {'train_steps': 230, 'steps_per_eval': 110}
+  kwargs = {'train_steps': 25, 'steps_per_eval': 12}
   run(data_dir, tmp_path / 'whole', seed=3, **kwargs)
   whole_log, whole_results = lines()
-  run(data_dir, tmp_path / 'model', seed=3, **{**kwargs, 'train_steps': 103})
+  run(data_dir, tmp_path / 'model', seed=3, **{**kwargs, 'train_steps': 11})
   run(data_dir, tmp_path / 'model', **kwargs)
   resumed_log, (stopped_at, *resumed_results) = lines()
-  assert "'global_step': 103" in stopped_at
+  assert "'global_step': 11" in stopped_at
   assert resumed_results == whole_results
   assert resumed_log == whole_log
   assert len(whole_log) == 10
   whole, resumed = (
-      tf.train.load_checkpoint(str(tmp_path / folder / 'model.ckpt-230'))
+      tf.train.load_checkpoint(str(tmp_path / folder / 'model.ckpt-25'))
       for folder in ('whole', 'model'))
   for key in whole.get_variable_to_shape_map():
     if 'save_counter' not in key and 'OBJECT_GRAPH' not in key:
@@ -705,6 +713,20 @@ def test_evaluates_the_end_of_a_cycle_that_was_killed_there(
     path.unlink()
   run(data_dir, model_dir, train_steps=8)
   assert capsys.readouterr().out == expected
+
+
+def test_run_has_its_folder_to_itself(data_dir, tmp_path):
+  asked = []
+
+  def interrupted():
+    asked.append(True)
+    with (pytest.raises(Cifar10Error, match='is in use by another run'),
+          cifar10.sole_use(str(tmp_path / 'model'))):
+      pass
+    return False
+
+  run(data_dir, tmp_path / 'model', interrupted=interrupted)
+  assert asked
 
 
 def test_eval_only_writes_nothing(data_dir, tmp_path, capsys):
@@ -779,25 +801,44 @@ def flip_a_bit(path):
 
 @pytest.mark.parametrize('damage', [cut, empty, remove, flip_a_bit])
 @pytest.mark.parametrize('ending', ['index', 'data-00000-of-00001'])
-def test_damaged_checkpoint(data_dir, tmp_path, log, capsys, damage, ending):
+def test_damaged_checkpoint(tmp_path, log, damage, ending):
+  state = make_state()
+  checkpoints = cifar10_main.Checkpoints(str(tmp_path), state)
+  for step in (0, 2, 4):
+    state.global_step.assign(step)
+    checkpoints.save()
+  before = contents(tmp_path)
+  damage(tmp_path / f'model.ckpt-4.{ending}')
+  checkpoints = cifar10_main.Checkpoints(str(tmp_path), state)
+  checkpoints.restore_newest()
+  assert any(re.match(rf'{tmp_path}/model.ckpt-4 is damaged \(.+\): trying '
+                      'the one before', line) for line in log)
+  assert checkpoints.newest == f'{tmp_path}/model.ckpt-2'
+  assert state.global_step == 2
+  for path in tmp_path.glob('model.ckpt-[02].*'):
+    assert path.read_bytes() == before[path]
+
+  # Nothing whole is left: no other thing to do than to say so.
+  for path in tmp_path.glob(f'model.ckpt-[02].{ending}'):
+    damage(path)
+  before = contents(tmp_path)
+  with pytest.raises(Cifar10Error,
+                     match=f'{tmp_path} holds no checkpoint that is not'):
+    checkpoints.restore_newest()
+  assert contents(tmp_path) == before
+
+
+def test_run_after_a_damaged_checkpoint(data_dir, tmp_path, log, capsys):
   model_dir = tmp_path / 'model'
   run(data_dir, model_dir, train_steps=4, steps_per_eval=2, seed=1)
   expected = capsys.readouterr().out
-  before = contents(model_dir)
-  damage(model_dir / f'model.ckpt-4.{ending}')
+  flip_a_bit(model_dir / 'model.ckpt-4.data-00000-of-00001')
   del log[:]
   run(data_dir, model_dir, train_steps=4, steps_per_eval=2)
-  assert any(re.match(rf'{model_dir}/model.ckpt-4 is damaged \(.+\): trying '
-                      'the one before', line) for line in log)
   assert f'Restoring parameters from {model_dir}/model.ckpt-2' in log
   assert capsys.readouterr().out == expected
-  after = contents(model_dir)
-  for path in model_dir.glob('model.ckpt-[02].*'):
-    assert after[path] == before[path]
-
-  # Nothing whole is left: no other thing to do than to say so.
-  for path in model_dir.glob(f'*.{ending}'):
-    damage(path)
+  for path in model_dir.glob('*.index'):
+    cut(path)
   before = contents(model_dir)
   for eval_only in (False, True):
     with pytest.raises(Cifar10Error,
@@ -965,11 +1006,10 @@ def run_script(*arguments, **kwargs):
       text=True, capture_output=True, check=False, **kwargs)
 
 
-def test_model_dir_without_room(tmp_path):
+def test_model_dir_without_room(tmp_path, capsys):
   """A limit on the size of files stands in for a disk that is full."""
   model_dir = tmp_path / 'model'
-  result = run_script(f'--model_dir={model_dir}', '--train_steps=2')
-  assert result.returncode == 0
+  run(None, model_dir, train_steps=2, use_synthetic_data=True)
   before = contents(model_dir)
   result = run_script(
       f'--model_dir={model_dir}', '--train_steps=4',
@@ -982,14 +1022,12 @@ def test_model_dir_without_room(tmp_path):
   assert {path: data for path, data in before.items()
           if 'ckpt' in path.name}.items() <= contents(model_dir).items()
   # With room again, the run goes on.
-  result = run_script(f'--model_dir={model_dir}', '--train_steps=3')
-  assert result.returncode == 0
-  assert "'global_step': 3}" in result.stdout
+  run(None, model_dir, train_steps=3, use_synthetic_data=True)
+  assert "'global_step': 3}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(('argument', 'message'), [
     ('--batch_size=0', 'flag --batch_size=0'),
-    ('--no_such_flag', "Unknown command line flag 'no_such_flag'"),
     ('stray', "unknown argument 'stray'"),
 ])
 def test_bad_command_line_ends_the_script(argument, message):
@@ -998,3 +1036,127 @@ def test_bad_command_line_ends_the_script(argument, message):
   assert not result.stdout
   assert 'Traceback' not in result.stderr
   assert message in result.stderr
+
+
+# ----------------------------------------------------------------- export
+
+
+def test_export(tmp_path, log, capsys):
+  """Raw test images give, in a fresh process, what the evaluation found."""
+  model_dir, export_dir = tmp_path / 'model', tmp_path / 'exported'
+  result = run_script(f'--model_dir={model_dir}', '--train_steps=30',
+                      f'--export_dir={export_dir}')
+  assert result.returncode == 0
+  assert f'Exported {model_dir}/model.ckpt-30 to {export_dir}' in result.stderr
+  records = cifar10_main.synthetic_records('eval')
+  images, one_hot = cifar10_main.dataset_parser(records)
+  np.save(tmp_path / 'images.npy', images)
+  code = (
+      'import sys, numpy as np, tensorflow as tf\n'
+      'serve = tf.saved_model.load("exported").signatures["serving_default"]\n'
+      'images = np.load("images.npy")\n'
+      'one, rest = serve(images=images[:1]), serve(images=images[1:])\n'
+      'np.savez("outputs.npz", **{name: np.array(\n'
+      '    [*one[name].numpy(), *rest[name].numpy()]) for name in one})\n'
+      'assert not any("cifar10_" in name for name in sys.modules)')
+  subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
+
+  outputs = np.load(tmp_path / 'outputs.npz')
+  assert outputs['classes'].dtype == np.int64
+  np.testing.assert_array_equal(outputs['class_names'].astype(str),
+                                np.array(cifar10.CLASSES)[outputs['classes']])
+  state = make_state()
+  cifar10_main.Checkpoints(str(model_dir), state).restore_newest()
+  dataset = cifar10_main.input_fn('eval', None, 100, use_synthetic_data=True)
+  for i, (features, _) in enumerate(dataset):
+    expected = cifar10_main.model_fn(features, None, 'infer', state.network)
+    batch = slice(100 * i, 100 * (i + 1))
+    np.testing.assert_allclose(outputs['probabilities'][batch],
+                               expected['probabilities'], atol=1e-5)
+  accuracy = (outputs['classes'] == np.argmax(one_hot, axis=1)).mean()
+  assert accuracy == ast.literal_eval(result.stdout)['accuracy']
+
+
+def test_saved_model_cli(tmp_path):
+  """The tool that comes with TensorFlow can show and run the export."""
+  model_dir, export_dir = tmp_path / 'model', tmp_path / 'exported'
+  state = cifar10_main.make_state(8, None, 'fp32', seed=0)
+  cifar10_main.Checkpoints(str(model_dir), state).save()
+  cifar10_main.export(str(model_dir), str(export_dir), 8, 'fp32')
+  tool = os.path.join(os.path.dirname(sys.executable), 'saved_model_cli')
+  command = ['--dir', export_dir, '--tag_set', 'serve',
+             '--signature_def', 'serving_default']
+  shown = subprocess.run([tool, 'show', *command], text=True,
+                         capture_output=True, check=True).stdout
+  shown = re.sub(r'\s+', ' ', shown)
+  assert ("inputs['images'] tensor_info: dtype: DT_UINT8 "
+          'shape: (-1, 32, 32, 3)') in shown
+  for name in ('classes', 'probabilities', 'class_names'):
+    assert f"outputs['{name}']" in shown
+  np.save(tmp_path / 'images.npy', np.zeros([3, 32, 32, 3], np.uint8))
+  subprocess.run([tool, 'run', *command, '--outdir', tmp_path, '--inputs',
+                  f'images={tmp_path}/images.npy'], check=True)
+  assert np.load(tmp_path / 'probabilities.npy').shape == (3, 10)
+
+
+def test_export_folder_that_is_there(script_flags, data_dir, tmp_path):
+  (tmp_path / 'mine').touch()
+  message = run_main(f'--data_dir={data_dir}', f'--model_dir={tmp_path}/model',
+                     f'--export_dir={tmp_path}/mine')
+  assert f'--export_dir={tmp_path}/mine is there already' in message
+  assert not (tmp_path / 'model').exists()
+
+
+def test_export_without_room(tmp_path, small_disk):
+  folder = small_disk(kilobytes=300)
+  model_dir = tmp_path / 'model'
+  cifar10_main.Checkpoints(str(model_dir), make_state()).save()
+  with pytest.raises(Cifar10Error, match=r'Cannot export to .* make room'):
+    cifar10_main.export(str(model_dir), f'{folder}/exported', 8, 'fp32')
+
+
+# ----------------------------------------------------------------- README
+
+
+def readme_code(beginning):
+  """Returns the block of Python in the README that holds such a line."""
+  path = os.path.join(os.path.dirname(SCRIPT), 'README.md')
+  with open(path, encoding='utf-8') as file:
+    blocks = re.findall(r'```python\n(.*?)```', file.read(), re.DOTALL)
+  code, = (block for block in blocks if beginning in block)
+  return code
+
+
+def test_readme_on_notebooks(data_dir, capsys):
+  code = readme_code('import cifar10_main')
+  assert '/tmp/cifar10_data' in code
+  exec(code.replace('/tmp/cifar10_data', str(data_dir)), {})
+  *steps, last = capsys.readouterr().out.splitlines()
+  numbers, losses = zip(*(line.split() for line in steps))
+  assert [int(number) for number in numbers] == list(range(1, len(steps) + 1))
+  assert all(0.5 < float(loss) < 10 for loss in losses)
+  assert set(re.findall(r'\w+', last)) <= set(cifar10.CLASSES)
+
+
+def test_readme_on_pictures(tmp_path, capsys):
+  state = make_state()
+  cifar10_main.Checkpoints(str(tmp_path / 'model'), state).save()
+  cifar10_main.export(
+      str(tmp_path / 'model'), str(tmp_path / 'exported'), 8, 'fp32')
+  image = np.random.default_rng(0).integers(0, 256, [32, 32, 3], np.uint8)
+  outputs = cifar10_main.model_fn(
+      tf.image.per_image_standardization(image[None]), None, 'infer',
+      state.network)
+  expected = (f"{cifar10.CLASSES[outputs['classes'][0]]} "
+              f"{tf.reduce_max(outputs['probabilities']):.1%}")
+  code = readme_code('decode_image')
+  for path, ours in (('/tmp/cifar10_export', 'exported'),
+                     ('picture.jpg', 'picture.png')):
+    assert path in code
+    code = code.replace(path, str(tmp_path / ours))
+  for width, pattern in ((32, re.escape(expected)), (200, r'\w+ \d+\.\d%')):
+    picture = np.resize(image, [32, width, 3])
+    tf.io.write_file(
+        str(tmp_path / 'picture.png'), tf.io.encode_png(picture))
+    exec(code, {})
+    assert re.fullmatch(f'{pattern}\n', capsys.readouterr().out)

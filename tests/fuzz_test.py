@@ -58,7 +58,7 @@ def test_data(data):
       assert records[:, 0].max() < 10
 
 
-NAMES = ('data_dir', 'model_dir', 'resnet_size', 'train_steps',
+NAMES = ('data_dir', 'model_dir', 'export_dir', 'resnet_size', 'train_steps',
          'steps_per_eval', 'batch_size', 'save_checkpoints_secs', 'data_format',
          'dtype', 'xla', 'num_gpus', 'seed', 'use_synthetic_data', 'eval_only')
 # As a system passes them: any bytes but 0, also such as are no UTF-8.
@@ -74,35 +74,35 @@ given_flags = st.builds(
 def test_flags(script_flags, arguments):
   """What comes through to the training is of the right kind and size."""
   with flagsaver.flagsaver(), mock.patch.multiple(
-      cifar10_main, train_and_evaluate=mock.DEFAULT, note_signals=list
-      ) as mocks, mock.patch.object(
-          tf.config.experimental, 'enable_op_determinism'):
+      cifar10_main, train_and_evaluate=mock.DEFAULT,
+      evaluate_only=mock.DEFAULT, export=mock.DEFAULT, note_signals=list
+      ), mock.patch.object(tf.config.experimental, 'enable_op_determinism'):
     try:
       rest = flags.FLAGS(['script', *arguments])
       assert cifar10_main.main(rest) == 0
     except flags.Error as error:
       assert str(error)
     except SystemExit as error:
-      assert re.search('unknown argument|is more than the', error.code)
+      assert re.search('unknown argument|is more than the|is there already',
+                       error.code)
       assert is_clear(error.code)
     else:
-      (data_dir, model_dir, resnet_size, train_steps, steps_per_eval,
-       batch_size, save_checkpoints_secs, data_format, dtype, xla, seed,
-       *switches, _), _ = mocks['train_and_evaluate'].call_args
-      for path in (data_dir, model_dir):
-        path.encode()
-        assert is_clear(path)
-      assert resnet_size % 6 == 2
-      assert resnet_size > 2
-      assert train_steps > 0
-      assert steps_per_eval > 0
-      assert 0 < batch_size <= 50000
-      assert save_checkpoints_secs > 0
-      assert data_format in (None, 'channels_first', 'channels_last')
-      assert dtype in cifar10_main.DTYPES
-      assert xla in ('auto', 'on', 'off')
-      assert seed is None or 0 <= seed < 2**32
-      assert set(switches) <= {False, True}
+      values = flags.FLAGS
+      for path in (values.data_dir, values.model_dir, values.export_dir):
+        if path is not None:
+          path.encode()
+          assert is_clear(path)
+      assert values.resnet_size % 6 == 2
+      assert values.resnet_size > 2
+      assert values.train_steps > 0
+      assert values.steps_per_eval > 0
+      assert 0 < values.batch_size <= 50000
+      assert values.save_checkpoints_secs > 0
+      assert values.data_format in (None, 'channels_first', 'channels_last')
+      assert values.dtype in cifar10_main.DTYPES
+      assert values.xla in ('auto', 'on', 'off')
+      assert values.seed is None or 0 <= values.seed < 2**32
+      assert {values.use_synthetic_data, values.eval_only} <= {False, True}
 
 
 @pytest.fixture(scope='module')

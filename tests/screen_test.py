@@ -114,7 +114,9 @@ def test_status_is_cut_to_a_narrow_terminal():
   assert screen.rows == ['']
 
 
-@pytest.mark.parametrize('ends', [('stdout', 'stderr'), ('stdout',), ()])
+@pytest.mark.parametrize('ends', [
+    ('stdout',), (),
+    pytest.param(('stdout', 'stderr'), marks=pytest.mark.slow)])
 def test_no_status_and_no_notices_without_a_terminal(tmp_path, ends):
   """Each end may be a file; what is still on the terminal has no status."""
   terminal, end = pty.openpty()
