@@ -829,9 +829,10 @@ def export(model_dir: str, export_dir: str, resnet_size: int,
   try:
     tf.saved_model.save(Classifier(state.network), export_dir)
   except (OSError, tf.errors.OpError) as error:
+    shutil.rmtree(export_dir, ignore_errors=True)  # a part of it
     raise Cifar10Error(
-        f'Cannot export to {export_dir} ({reason(error)}): make room, empty it '
-        'and run this again with --eval_only') from None
+        f'Cannot export to {export_dir} ({reason(error)}): make room and run '
+        'this again with --eval_only, or name another folder') from None
   logging.info('Exported %s to %s', checkpoints.newest, export_dir)
 
 

@@ -1113,6 +1113,7 @@ def test_export_without_room(tmp_path, small_disk):
   cifar10_main.Checkpoints(str(model_dir), make_state()).save()
   with pytest.raises(Cifar10Error, match=r'Cannot export to .* make room'):
     cifar10_main.export(str(model_dir), f'{folder}/exported', 8, 'fp32')
+  assert not (folder / 'exported').exists()
 
 
 # ----------------------------------------------------------------- README
