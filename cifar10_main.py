@@ -251,10 +251,16 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     # Else the replicas ask each other at each step whether there is more.
     dataset = dataset.apply(
         tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-  elif gpus := tf.config.list_logical_devices('GPU'):
-    return dataset.apply(tf.data.experimental.prefetch_to_device(
-        gpus[0].name, PREFETCH_BATCHES))
   return dataset.prefetch(PREFETCH_BATCHES)
+
+
+def prefetch_to_gpu(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """Copies batches to the GPU, if there is one, before a step takes them."""
+  gpus = tf.config.list_logical_devices('GPU')
+  if not gpus:
+    return dataset
+  return dataset.apply(tf.data.experimental.prefetch_to_device(
+      gpus[0].name, PREFETCH_BATCHES))
 
 
 def model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
@@ -727,7 +733,8 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
   logging.info('Starting evaluation at %s', time.strftime('%Y-%m-%dT%H:%M:%S'))
   # The variables are in memory already, but people search logs for this line.
   logging.info('Restoring parameters from %s', path)
-  iterator, num_batches = iter(dataset), len(dataset)
+  # The copy to a GPU does not know its length.
+  iterator, num_batches = iter(prefetch_to_gpu(dataset)), len(dataset)
   loss, matrix = tf.zeros([]), tf.zeros([NUM_CLASSES] * 2, tf.int64)
   for batch in range(num_batches):
     cifar10.show_status(f'Evaluating batch {batch + 1} of {num_batches}')
@@ -968,7 +975,7 @@ def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
   strategy = tf.distribute.get_strategy()
   replicas = strategy.num_replicas_in_sync
   if replicas == 1:
-    return make_dataset()
+    return prefetch_to_gpu(make_dataset())
   if batch_size % replicas:
     raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
                        f'{replicas} replicas that share it: make it one')

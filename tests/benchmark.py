@@ -120,7 +120,8 @@ class Benchmark:
     self._xla = cifar10_main.uses_xla(values.xla)
     self._folder = folder
     write_records(folder)
-    self._train_data = cifar10_main.input_fn('train', folder, self._batch)
+    self._train_data = cifar10_main.prefetch_to_gpu(
+        cifar10_main.input_fn('train', folder, self._batch))
     self._eval_data = cifar10_main.input_fn('eval', folder, self._batch)
     network = resnet_model.cifar10_resnet_v2_generator(
         self._size, cifar10_main.NUM_CLASSES,

@@ -610,6 +610,24 @@ def test_evaluation_averages(data_dir, capsys):
   assert capsys.readouterr().out == f'{results}\n'
 
 
+def test_batches_are_copied_to_a_gpu(data_dir, monkeypatch, capsys):
+  """A second CPU stands in for the GPU."""
+  state = make_state()
+  eval_step = cifar10_main.make_eval_step(state.network)
+  dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
+  expected, _ = cifar10_main.evaluate(eval_step, dataset, 'path', 7)
+  device = tf.config.list_logical_devices('CPU')[1]
+  monkeypatch.setattr(
+      tf.config, 'list_logical_devices', lambda kind: [device])
+  results, _ = cifar10_main.evaluate(
+      cifar10_main.make_eval_step(state.network), dataset, 'path', 7)
+  assert results == expected
+  train_data = cifar10_main.distributed_input(
+      10, lambda: cifar10_main.input_fn('train', str(data_dir), 10))
+  for features, _ in itertools.islice(train_data, 2):
+    assert features.backing_device.endswith('CPU:1')
+
+
 def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
   run(data_dir, tmp_path / 'model', train_steps=3, steps_per_eval=3)
   del log[:]
