@@ -1120,7 +1120,8 @@ def test_saved_model_cli(tmp_path):
 def test_export_folder_that_is_there(script_flags, data_dir, tmp_path):
   (tmp_path / 'mine').touch()
   message = run_main(f'--data_dir={data_dir}', f'--model_dir={tmp_path}/model',
-                     f'--export_dir={tmp_path}/mine')
+                     f'--export_dir={tmp_path}/mine', '--resnet_size=8',
+                     '--train_steps=1')
   assert f'--export_dir={tmp_path}/mine is there already' in message
   assert not (tmp_path / 'model').exists()
 
