@@ -873,7 +873,8 @@ def train_and_evaluate(
   checkpoints = Checkpoints(model_dir, state, save_checkpoints_secs)
   steps_there = checkpoints.steps()
   checkpoints.restore_newest()
-  take_from_chief(state.variables)
+  if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+    take_from_chief(state.variables)
   run_seed = state.seed.numpy().item()
   if seed not in (None, run_seed):
     raise Cifar10Error(f'{model_dir} was trained with --seed={run_seed}, not '
@@ -902,6 +903,8 @@ def train_and_evaluate(
 
     if checkpoints.newest is None:
       checkpoints.save()
+    # One input for all cycles: the next one's first batches are ready when an
+    # evaluation ends.
     return run_cycles(
         state, checkpoints, iter(train_data), train_steps, steps_per_eval,
         batch_size, uses_xla(xla), evaluate_now, interrupted,
