@@ -2,10 +2,14 @@
 
     python cifar10_download_and_extract.py --data_dir=/tmp/cifar10_data
 
-The folder then holds `cifar-10-binary.tar.gz` and `cifar-10-batches-bin/`: five
-files of training records and one of evaluation records, 3,073 bytes each: a
-label 0-9, then 1,024 red, 1,024 green and 1,024 blue values, row by row [1].
-Only verified files get these names. What is there already is left alone.
+Afterwards the folder contains `cifar-10-binary.tar.gz` and
+`cifar-10-batches-bin/`: five files of training records and one of evaluation
+records. A record has 3,073 bytes: a label 0-9, then 1,024 red, 1,024 green and
+1,024 blue values, row by row [1]. Only verified files get these names, and
+complete files are left alone.
+
+What both scripts need stands here too: reading records, locking a folder, the
+status line, and errors in one line.
 
 References:
   [1] Alex Krizhevsky: Learning Multiple Layers of Features from Tiny Images.
@@ -18,6 +22,7 @@ import gzip
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,7 +35,7 @@ import zlib
 
 try:
   import fcntl
-except ImportError:  # on Windows, where runs are not kept apart
+except ImportError:  # Windows: nothing keeps two runs out of one folder
   fcntl = None
 
 from absl import app, flags
@@ -56,25 +61,37 @@ CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer',
 RECORD_BYTES = 1 + 3 * 32 * 32
 RECORDS_PER_FILE = 10000
 
-TIMEOUT_SECONDS = 60  # without a byte from the server
-RETRY_SECONDS = (1, 2, 4, 8)  # before trying again, while nothing arrives
+TIMEOUT_SECONDS = 60  # how long to wait for the server's next byte
+RETRY_SECONDS = (1, 2, 4, 8)  # waits between attempts that bring nothing new
 CHUNK_BYTES = 1 << 16
-MAX_ARCHIVE_BYTES = 200_000_000  # the published one: 170 million, 184 unpacked
+# The published archive has 170 million bytes, 184 million unpacked.
+MAX_ARCHIVE_BYTES = 200_000_000
 
 
 class Cifar10Error(Exception):
-  """What the user can mend. The message is one line that says how."""
+  """An error that the user can fix. Its message is one line that says how."""
 
 
 class UnfinishedError(ConnectionError):
-  """A download broke off; it may go on when tried again."""
+  """A download broke off; another attempt may continue it."""
+
+
+def reason(error: Exception) -> str:
+  """Returns the first line of an error without the names of graph nodes."""
+  return re.sub(r'\{\{.*?\}\} ?| \[Op:.*', '', str(error).partition('\n')[0])
+
+
+def check_mode(mode: str) -> None:
+  """Raises ValueError unless the mode is 'train', 'eval' or 'infer'."""
+  if mode not in ('train', 'eval', 'infer'):
+    raise ValueError(f"mode must be 'train', 'eval' or 'infer', not {mode!r}")
 
 
 def read_records(filename: str) -> np.ndarray:
   """Reads the records of a file, uint8 [N, 3073] with N > 0.
 
   Raises:
-    Cifar10Error: The file is missing, cut off or holds a label above 9.
+    Cifar10Error: The file is missing or cut off, or has a label above 9.
   """
   again = 'cifar10_download_and_extract.py'
   try:
@@ -96,20 +113,66 @@ def read_records(filename: str) -> np.ndarray:
   return records
 
 
+def synthetic_records(mode: str) -> np.ndarray:
+  """Generates records, uint8 [N, 3073], whose classes are easy to learn.
+
+  Each class is a pattern of coloured 8x8 squares; an image is the pattern of
+  its class plus noise. Every call for the same mode returns the same records.
+  """
+  patterns = np.random.default_rng(0).integers(
+      64, 192, [len(CLASSES), 3, 32 // 8, 32 // 8])
+  patterns = patterns.repeat(8, axis=2).repeat(8, axis=3)
+  seed, num_records = (1, 5000) if mode == 'train' else (2, 1000)
+  generator = np.random.default_rng(seed)
+  labels = generator.integers(0, len(CLASSES), num_records)
+  images = patterns[labels].reshape(num_records, -1)
+  images += generator.integers(-64, 64, images.shape)
+  return np.column_stack([labels, images]).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(folder: str, cure: str) -> Iterator[None]:
+  """Ends the script with status 1 and one line if the block raises an error.
+
+  Args:
+    folder: The folder that the block writes; an OSError is reported for it.
+    cure: What the user can do when it cannot be written.
+  """
+  try:
+    yield
+    return
+  except Cifar10Error as error:
+    message = str(error)
+  except OSError as error:
+    message = f'Cannot write to {folder} ({error.strerror}): {cure}'
+  finally:
+    show_status()
+  sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')
+
+
+def refuse_arguments(argv: list[str]) -> None:
+  """Raises Cifar10Error if the command line has more than flags."""
+  if len(argv) > 1:
+    raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
+
+
 @contextlib.contextmanager
 def sole_use(folder: str, wait: bool = False) -> Iterator[None]:
-  """Makes a folder and keeps other runs out of it until the block ends.
+  """Makes a folder and locks other runs out of it until the block ends.
 
-  Or the process ends, in whatever way.
+  The lock also ends with the process. A folder that was made here and is still
+  empty at the end is removed.
 
   Raises:
-    Cifar10Error: Another run has the folder, and `wait` is not set.
+    Cifar10Error: Another run uses the folder, and `wait` is not set.
     OSError: The folder cannot be written.
   """
-  os.makedirs(folder, exist_ok=True)
-  with tempfile.TemporaryFile(dir=folder):
-    pass  # it can be written
   with contextlib.ExitStack() as stack:
+    if not os.path.isdir(folder):
+      stack.callback(remove_if_empty, folder)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass  # the folder can be written
     if fcntl:
       opened = os.open(folder, os.O_RDONLY)
       stack.callback(os.close, opened)
@@ -117,8 +180,8 @@ def sole_use(folder: str, wait: bool = False) -> Iterator[None]:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
         if not wait:
-          raise Cifar10Error(f'{folder} is in use by another run: wait for its '
-                             'end, or name another folder') from None
+          raise Cifar10Error(f'{folder} is in use by another run: wait until '
+                             'it ends, or name another folder') from None
         print(f'Waiting for another run that uses {folder}.', flush=True)
         fcntl.flock(opened, fcntl.LOCK_EX)
       except OSError:
@@ -126,18 +189,25 @@ def sole_use(folder: str, wait: bool = False) -> Iterator[None]:
     yield
 
 
+def remove_if_empty(folder: str) -> None:
+  """Removes a folder unless something is in it."""
+  with contextlib.suppress(OSError):
+    os.rmdir(folder)
+
+
 def download_and_extract(data_dir: str, data_url: str = DATA_URL,
                          skip_checksums: bool = False) -> None:
   """Fills `data_dir` as the docstring of this module says.
 
   Args:
-    data_dir: The folder; made if it is not there.
-    data_url: Address of the archive: https, http or file.
-    skip_checksums: Whether files of the right sizes and labels will do, even
-      if they are not the published ones.
+    data_dir: The folder; it is made if it does not exist.
+    data_url: https, http or file address of the archive.
+    skip_checksums: Whether to accept files other than the published ones, as
+      long as their sizes and labels are valid.
 
   Raises:
-    Cifar10Error: The archive cannot be had, or it or an existing file is wrong.
+    Cifar10Error: The archive cannot be fetched, or it or an existing file is
+      wrong.
     OSError: The folder cannot be written.
   """
   folder = os.path.join(data_dir, FOLDER_NAME)
@@ -145,11 +215,12 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
     print(f'{folder} is complete, nothing to do.')
     return
   archive = os.path.join(data_dir, ARCHIVE_NAME)
-  # Beside the final places, for renames, all or nothing, to end the work.
+  # Work in a folder beside the final places: the last step is then a rename,
+  # which is done completely or not at all.
   partial = os.path.join(data_dir, '.partial')
   fetched = os.path.join(partial, ARCHIVE_NAME)
   with sole_use(data_dir, wait=True):
-    # Once more, since another run may have been at work.
+    # Look again: another run may have finished while this one waited.
     to_extract = unsound_files(folder, skip_checksums)
     os.makedirs(partial, exist_ok=True)
     try:
@@ -175,17 +246,17 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
 
 
 def unsound_files(folder: str, skip_checksums: bool) -> list[str]:
-  """Returns the names of the files that are missing or not whole."""
+  """Returns the names of the files that are missing or incomplete."""
   return [name for name in FILE_SHA256
           if not is_sound(os.path.join(folder, name), skip_checksums)]
 
 
 def is_sound(filename: str, skip_checksums: bool) -> bool:
-  """Tells whether one of the six files is there and whole.
+  """Returns whether one of the six files exists and is complete.
 
   Raises:
-    Cifar10Error: It is whole but not the published one: somebody's own data,
-      which must neither be used unasked nor be overwritten.
+    Cifar10Error: It is complete but not the published file. Then it is
+      somebody's own data, which must not be used unasked or overwritten.
   """
   try:
     records = read_records(filename)
@@ -202,7 +273,7 @@ def is_sound(filename: str, skip_checksums: bool) -> bool:
 
 
 def is_right_archive(archive: str, skip_checksums: bool) -> bool:
-  """Tells whether the archive is there and, where asked, the published one."""
+  """Returns whether the archive exists and, if checked, is as published."""
   if not os.path.isfile(archive):
     return False
   if skip_checksums:
@@ -216,14 +287,15 @@ def is_right_archive(archive: str, skip_checksums: bool) -> bool:
 
 def fetch_archive(data_url: str, filename: str, archive: str,
                   skip_checksums: bool) -> None:
-  """Fetches the archive into a file, and verifies it where asked.
+  """Fetches the archive into a file and, unless told not to, verifies it.
 
   Raises:
-    Cifar10Error: That failed. The message says that the user can place it as
-      `archive` instead.
+    Cifar10Error: That failed. The message tells the user to fetch the archive
+      another way and to place it as `archive`.
   """
   if skip_checksums and os.path.exists(filename):
-    os.remove(filename)  # perhaps of another archive: nothing would tell
+    # It may be part of another archive, and no checksum would show that.
+    os.remove(filename)
   try:
     download(data_url, filename)
   except ConnectionError as error:
@@ -242,10 +314,11 @@ def fetch_archive(data_url: str, filename: str, archive: str,
 
 
 def download(data_url: str, filename: str) -> None:
-  """Fetches `data_url` into a file, or the rest of it behind what is there.
+  """Fetches `data_url` into a file, continuing what an earlier call left there.
 
   Raises:
-    ConnectionError: It cannot be had, even by trying again where that may help.
+    ConnectionError: It cannot be fetched; where trying again may help, that was
+      done.
     Cifar10Error: It is too large.
   """
   with open(filename, 'ab') as file:
@@ -266,7 +339,7 @@ def download(data_url: str, filename: str) -> None:
         return
       except UnfinishedError as error:
         file.flush()
-        if file.tell() > largest:  # then it is worth as many attempts again
+        if file.tell() > largest:  # this brought something: start over
           largest, waits = file.tell(), list(RETRY_SECONDS)
         if not waits:
           raise
@@ -276,10 +349,10 @@ def download(data_url: str, filename: str) -> None:
 
 
 def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
-  """Yields what is at an address in pieces: their places, bytes, and the total.
+  """Yields the contents of an address in pieces: position, bytes, total size.
 
-  Begins at place `size` if the server can, else at 0. The total is 0 if it is
-  not known.
+  Starts at position `size` if the server supports that, else at 0. The total is
+  0 if it is unknown.
   """
   wanted = {'Range': f'bytes={size}-'} if size else {}
   try:
@@ -296,7 +369,7 @@ def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
   except (OSError, http.client.HTTPException, ValueError) as error:
     code = getattr(error, 'code', None)  # of HTTP
     if size and code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-      yield from receive(data_url, 0)  # what is here is not a part of it
+      yield from receive(data_url, 0)  # what the file has is not part of it
       return
     lasting = (data_url.startswith('file:') or isinstance(error, ValueError)
                or (code and code < 500 and code not in (408, 429)))
@@ -306,9 +379,9 @@ def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
 
 
 def show_status(text: str = '') -> None:
-  """Writes the terminal's last line anew, if there is a terminal to see it.
+  """Updates the status line, the last line of the terminal, if there is one.
 
-  Without a text it clears the line, for the next output to take its place.
+  Without a text it clears the line, so that the next output can take its place.
   """
   if all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr)):
     columns = shutil.get_terminal_size().columns - 1
@@ -317,9 +390,9 @@ def show_status(text: str = '') -> None:
 
 
 def extract(archive: str, names: list[str], folder: str) -> None:
-  """Extracts the named files, and nothing else, into a folder.
+  """Extracts the named files, and nothing else, directly into a folder.
 
-  The paths in the archive have no say in where they go.
+  Paths in the archive do not decide where a file is written.
 
   Raises:
     Cifar10Error: The archive is damaged or lacks one of the files.
@@ -327,7 +400,8 @@ def extract(archive: str, names: list[str], folder: str) -> None:
   missing = set(names)
   try:
     with gzip.open(archive) as stream:
-      # Before tarfile takes any size in it at its word, and to the checksum.
+      # Read it to the end first: this verifies gzip's checksum, and a size in a
+      # header cannot make tarfile read more than is there.
       while stream.read(CHUNK_BYTES):
         if stream.tell() > MAX_ARCHIVE_BYTES:
           raise tarfile.TarError(f'unpacks to over {MAX_ARCHIVE_BYTES:,} bytes')
@@ -346,33 +420,35 @@ def extract(archive: str, names: list[str], folder: str) -> None:
                        'this again') from None
   if missing:
     raise Cifar10Error(f'{archive} lacks a whole {FOLDER_NAME}/{min(missing)}: '
-                       'delete it and run this again')
+                       'delete the archive and run this again')
 
 
 def define_data_dir() -> None:
-  """Defines --data_dir, which the two scripts share."""
+  """Defines --data_dir, which both scripts have."""
   flags.DEFINE_string(
       'data_dir', '/tmp/cifar10_data',
-      f'Folder that holds {ARCHIVE_NAME} and {FOLDER_NAME}/.')
+      f'Folder that contains {ARCHIVE_NAME} and {FOLDER_NAME}/.')
   register_path_validator('data_dir')
 
 
 def register_path_validator(name: str) -> None:
-  """Lets a flag take what can be written to a log and to TensorFlow's files."""
+  """Makes a flag accept only paths that logs and TensorFlow can handle."""
+  # TensorFlow's reader of checkpoints takes these characters for a pattern.
   flags.register_validator(
-      name, lambda path: path is None or (path and path.isprintable()),
-      'must be a path, of characters that can be printed')
+      name, lambda path: path is None or (
+          path and path.isprintable() and not set(path) & set('[]*?\\')),
+      'must be a path of printable characters without any of [ ] * ? \\')
 
 
 def define_flags() -> None:
   """Defines the flags of this script."""
   define_data_dir()
   flags.DEFINE_string(
-      'data_url', DATA_URL, 'Address of the archive: https, http or file.')
+      'data_url', DATA_URL, 'https, http or file address of the archive.')
   flags.DEFINE_bool(
       'skip_checksums', False,
-      'Take files whose checksums differ from the published ones, from another '
-      '--data_url. Sizes and labels must be right all the same.')
+      'Accept files other than the published ones from another --data_url, as '
+      'long as their sizes and labels are valid.')
   flags.register_validator(
       'data_url',
       lambda url: (url.isprintable()
@@ -387,21 +463,15 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   values = flags.FLAGS
-  try:
-    if len(argv) > 1:
-      raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
+  with errors_in_one_line(
+      values.data_dir, 'make room there, or name another --data_dir'):
+    refuse_arguments(argv)
     download_and_extract(
         values.data_dir, values.data_url, values.skip_checksums)
-  except Cifar10Error as error:
-    sys.exit(f'{os.path.basename(sys.argv[0])}: {error}')
-  except OSError as error:
-    sys.exit(f'{os.path.basename(sys.argv[0])}: Cannot write to '
-             f'{values.data_dir} ({error.strerror}): make room there, or name '
-             'another --data_dir')
 
 
 if __name__ == '__main__':
-  # What has arrived by then stays for the next run; a traceback helps nobody.
+  # What has arrived stays for the next run; a traceback would help nobody.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
   define_flags()
   app.run(main)

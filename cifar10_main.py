@@ -3,22 +3,23 @@
     python cifar10_download_and_extract.py
     python cifar10_main.py --resnet_size=32 --train_steps=100000
 
-The CIFAR-10 script of TensorFlow's models repository of 2017, without the
-`tf.estimator` under it: recipe, flags, log lines and checkpoints are the same.
-In this order: input, model, checkpoints, training, evaluation, export, the run
-that joins these, and what starts it: flags, signals, devices, `main`.
+A port of the CIFAR-10 script in TensorFlow's models repository of 2017 to plain
+TensorFlow 2. Recipe, flags, log lines and checkpoints are the original's. The
+file goes from the input to the command line: input, model, checkpoints,
+training, hooks, evaluation, export, the run with its loop, devices, command.
 
 References:
   [1] Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: Deep Residual Learning
       for Image Recognition. arXiv:1512.03385. Section 4.2: the augmentation.
-  [2] The same authors: Identity Mappings in Deep Residual Networks.
-      arXiv:1603.05027. The network.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+import contextlib
+import dataclasses
 import datetime
 import functools
 import glob
+import logging as python_logging
 import os
 import platform
 import re
@@ -27,23 +28,22 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 if __name__ == '__main__':
-  # What TensorFlow reads when it is imported. cuDNN's faster 3x3 convolutions:
+  # TensorFlow reads these when it is imported. cuDNN's faster 3x3 convolutions:
   os.environ['TF_ENABLE_WINOGRAD_NONFUSED'] = '1'
-  # Of a GPU's memory what is needed, not all at once: others may use the rest.
+  # Take GPU memory as it is needed, and leave the rest to other processes.
   os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')
   # oneDNN's convolutions, which TensorFlow leaves off on a CPU without AVX-512
-  # although they are half as fast again there, and more.
+  # although they are at least 1.5 times as fast there.
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
-  # Its log is about itself. Errors arrive as exceptions.
+  # Silence TensorFlow's own log: its errors reach us as exceptions.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  # Until there is something to save, Ctrl-C ends it without a traceback.
+  # Until there is something to save, Ctrl-C simply ends the process.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
-  # Some notices come before TensorFlow looks at that level.
+  # TensorFlow prints some notices before it reads that level.
   if sys.stderr:
     stderr = os.dup(2)
     with open(os.devnull, 'wb') as nothing:
@@ -59,75 +59,94 @@ import numpy as np
 import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
-from cifar10_download_and_extract import Cifar10Error
+from cifar10_download_and_extract import Cifar10Error, reason
 import resnet_model
+from resnet_model import Cifar10ResnetV2, tf1_name
 
-HEIGHT = 32
-WIDTH = 32
-DEPTH = 3
+HEIGHT, WIDTH, DEPTH = 32, 32, 3
 NUM_CLASSES = len(cifar10.CLASSES)
-NUM_TRAIN_IMAGES = 50000
+NUM_DATA_BATCHES = len(cifar10.TRAIN_FILES)
+NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = NUM_DATA_BATCHES * cifar10.RECORDS_PER_FILE
+NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10.RECORDS_PER_FILE
 
 PADDING = 4  # black pixels on each side, before a random crop to 32x32 [1]
-SHUFFLE_RECORDS = int(NUM_TRAIN_IMAGES * 0.4)  # and three batches
-PARALLEL_BATCHES = 4  # made at a time, over 100,000 images/s on two cores
-PREFETCH_BATCHES = 2  # ready, beside those
+NUM_CORNERS = 2 * PADDING + 1  # places of a crop in each direction
+NUM_VIEWS = NUM_CORNERS * NUM_CORNERS * 2  # crops of an image, flipped or not
+SHUFFLE_RECORDS = int(NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN * 0.4)  # + 3 batches
+PARALLEL_BATCHES = 4  # prepared at a time: over 100,000 images/s on two cores
+PREFETCH_BATCHES = 2  # kept ready, in addition to those
 
 WEIGHT_DECAY = 2e-4
 MOMENTUM = 0.9
-INITIAL_LEARNING_RATE = 0.1  # for a batch of 128, in proportion for others
-LEARNING_RATE_DECAYS = {100: 0.1, 150: 0.01, 200: 0.001}  # by epoch
+INITIAL_LEARNING_RATE = 0.1  # for a batch of 128; scales with the batch size
+LEARNING_RATE_EPOCHS = (100, 150, 200)  # after these it drops
+LEARNING_RATE_DECAYS = (1, 0.1, 0.01, 0.001)  # factor before and after each
 
 DTYPES = {'fp32': tf.float32, 'bf16': tf.bfloat16, 'fp16': tf.float16}
-# Lifts small gradients over the least number that fp16 has. Without it they are
-# off by up to 40 %; from 128 to 2**18 by 5 %, as those of bf16.
+# Keeps small gradients above fp16's smallest number. Without it they are wrong
+# by up to 40 %; with any scale from 128 to 2**18 by 5 %, like bf16's.
 FP16_LOSS_SCALE = 128
 
+WHEN_NOT_FINITE = (', nothing of it is saved: the learning rate is 0.1 * '
+                   'batch_size / 128, try a smaller --batch_size')
+
 LOG_STEPS = 100  # steps between two log lines
-PIECE_SECONDS = 1  # at most, from one look at the clock and signals to the next
+PIECE_SECONDS = 1  # training time between two looks at clock and signals
 KEEP_CHECKPOINTS = 5
 NUM_SUMMARY_IMAGES = 6
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What a run is to do. Each field is the flag of the same name."""
+  data_dir: str | None = '/tmp/cifar10_data'
+  model_dir: str = '/tmp/cifar10_model'
+  resnet_size: int | None = None  # the newest checkpoint's; 32 in a new folder
+  train_steps: int = 100000
+  steps_per_eval: int = 4000
+  batch_size: int = 128
+  save_checkpoints_secs: int = 600
+  data_format: str | None = None  # the faster one on the device
+  dtype: str = 'fp32'
+  xla: str = 'auto'
+  seed: int | None = None  # random
+  use_synthetic_data: bool = False
+
+
 def filenames(mode: str, data_dir: str) -> list[str]:
   """Returns the paths of the record files for 'train', 'eval' or 'infer'."""
+  cifar10.check_mode(mode)
   if os.path.basename(os.path.abspath(data_dir)) != cifar10.FOLDER_NAME:
     data_dir = os.path.join(data_dir, cifar10.FOLDER_NAME)
   names = cifar10.TRAIN_FILES if mode == 'train' else [cifar10.TEST_FILE]
   return [os.path.join(data_dir, name) for name in names]
 
 
-def synthetic_records(mode: str) -> np.ndarray:
-  """Makes the same uint8 [N, 3073] at each call, of classes easy to learn.
-
-  A class is a pattern of coloured 8x8 squares, an image that and noise.
-  """
-  patterns = np.random.default_rng(0).integers(
-      64, 192, [NUM_CLASSES, DEPTH, HEIGHT // 8, WIDTH // 8])
-  patterns = patterns.repeat(8, axis=2).repeat(8, axis=3)
-  seed, num_records = (1, 5000) if mode == 'train' else (2, 1000)
-  generator = np.random.default_rng(seed)
-  labels = generator.integers(0, NUM_CLASSES, num_records)
-  images = patterns[labels].reshape(num_records, -1)
-  images += generator.integers(-64, 64, images.shape)
-  return np.column_stack([labels, images]).astype(np.uint8)
-
-
 def record_dataset(
-    records: tf.Tensor, mode: str, batch_size: int, seed: int = 0,
-    step: int = 0, steps_per_eval: int = 4000,
-    share: slice = slice(None)) -> tf.data.Dataset:
-  """Batches records, uint8 [N, 3073], each with its batch's number, int64 [].
+    num_records: int, mode: str, batch_size: int, seed: int = 0, step: int = 0,
+    steps_per_eval: int = 4000,
+    context: tf.distribute.InputContext | None = None) -> tf.data.Dataset:
+  """Draws the records of each batch and, for training, how they are augmented.
 
-  To train: shuffled without end, in each cycle of `steps_per_eval` batches
-  anew, by `seed`; begins with batch number `step`. For other modes once and in
-  order; the last batch holds the rest. Only `share` of each batch is gathered.
+  Shuffles and shares out numbers: an image only moves when a batch gathers it.
+
+  Args:
+    num_records: Number of records.
+    mode: 'train' shuffles them without end; other modes take them in order.
+    batch_size: Records per batch. In order, the last batch has the rest.
+    seed: With the step, determines a batch wherever training began.
+    step: Number of batches to skip: those trained already.
+    steps_per_eval: Batches per cycle; as in the original, each shuffles anew.
+    context: Which share of the batches this machine takes; by default all.
+
+  Returns:
+    Dataset of record numbers, int64 [N], and, for training, views, int32 [N].
   """
-  # Dataset.shuffle mixes the global seed with its own: always the same one. Not
-  # 0, with which it fails.
+  # Dataset.shuffle mixes its seed with the global one: fix that. 0 fails.
   tf.random.set_seed(1)
-  # Shuffles numbers instead of records, which then move once, as a batch.
-  numbers = tf.data.Dataset.range(len(records))
+  numbers = tf.data.Dataset.range(num_records)
+  if mode != 'train':
+    return numbers.batch(batch_size)
 
   def batches_of(cycle):
     cycle_seed = tf.random.stateless_uniform(
@@ -136,75 +155,60 @@ def record_dataset(
         SHUFFLE_RECORDS + 3 * batch_size, cycle_seed, False)
     return shuffled.batch(batch_size, drop_remainder=True).take(steps_per_eval)
 
-  if mode == 'train':
-    cycles = tf.data.Dataset.range(step // steps_per_eval, tf.int64.max)
-    batches = cycles.flat_map(batches_of).skip(step % steps_per_eval)
-  else:
-    batches = numbers.batch(batch_size)
-  return batches.enumerate(step).map(
-      lambda number, batch: (number, tf.gather(records, batch[share])),
-      num_parallel_calls=PARALLEL_BATCHES)
+  def add_views(step, numbers):
+    return numbers, tf.random.stateless_uniform(
+        [batch_size], [seed, step], 0, NUM_VIEWS, tf.int32)
+
+  cycles = tf.data.Dataset.range(step // steps_per_eval, tf.int64.max)
+  batches = cycles.flat_map(batches_of).skip(step % steps_per_eval)
+  batches = batches.enumerate(step).map(add_views)
+  context = context or tf.distribute.InputContext()
+  shares = batches.rebatch(batch_size // context.num_replicas_in_sync, True)
+  shares = shares.shard(context.num_input_pipelines, context.input_pipeline_id)
+  # Otherwise the replicas ask each other before each step if there is more.
+  return shares.apply(
+      tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
 
 def dataset_parser(records: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-  """Splits records, uint8 [N, 3073], into images and labels.
-
-  Returns:
-    Images, uint8 [N, 32, 32, 3], and one-hot labels, float32 [N, 10].
-  """
+  """Splits records, uint8 [N, 3073], into images and one-hot labels."""
   images = tf.reshape(records[:, 1:], [-1, DEPTH, HEIGHT, WIDTH])
   labels = tf.cast(records[:, 0], tf.int32)
+  # [N, 32, 32, 3] and [N, 10]
   return tf.transpose(images, [0, 2, 3, 1]), tf.one_hot(labels, NUM_CLASSES)
 
 
-def train_preprocess_fn(
-    images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor,
-    batch_size: int | None = None, share: slice = slice(None)
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-  """Pads each image, [N, 32, 32, 3], crops it at random, flips half of them.
+def train_preprocess_fn(images: tf.Tensor, views: tf.Tensor) -> tf.Tensor:
+  """Pads images, [N, 32, 32, 3], crops them to 32x32 again and flips some [1].
 
-  Comes before standardization, so that the padding is black, not mean grey.
-  The same seed, int64 [2], draws the same for an image, also where only that
-  `share` of the batch is here.
+  Each view, int32 [N], is (9 * top + left) * 2 for the crop, plus 1 to flip it.
+  Standardization comes later, so the padding is black, not the mean grey.
   """
-  if batch_size is None:
-    batch_size = tf.shape(images)[0]
   # As rows of 96 values: tf.pad takes three times as long for rows of pixels.
   images = tf.reshape(images, [-1, HEIGHT, WIDTH * DEPTH])
   images = tf.pad(
       images, [[0, 0], [PADDING, PADDING], [PADDING * DEPTH, PADDING * DEPTH]])
-  corners = 2 * PADDING + 1  # in each direction
-  view = tf.random.stateless_uniform(
-      [batch_size, 1], seed, 0, corners * corners * 2, tf.int32)[share]
-  top, left, flip = view // 2 // corners, view // 2 % corners, view % 2
-  rows = top + tf.range(HEIGHT)  # [N, 32]
-  columns = left + tf.where(
+  corner, flip = views[:, tf.newaxis] // 2, views[:, tf.newaxis] % 2
+  rows = corner // NUM_CORNERS + tf.range(HEIGHT)  # [N, 32]
+  columns = corner % NUM_CORNERS + tf.where(
       flip == 1, tf.range(WIDTH - 1, -1, -1), tf.range(WIDTH))  # [N, 32]
   images = tf.gather(images, rows, axis=1, batch_dims=1)
   images = tf.reshape(images, [-1, HEIGHT, WIDTH + 2 * PADDING, DEPTH])
-  return tf.gather(images, columns, axis=2, batch_dims=1), labels
+  return tf.gather(images, columns, axis=2, batch_dims=1)
 
 
 def input_fn(mode: str, data_dir: str | None, batch_size: int,
-             use_synthetic_data: bool = False, seed: int = 0, step: int = 0,
-             steps_per_eval: int = 4000,
-             context: tf.distribute.InputContext | None = None
-             ) -> tf.data.Dataset:
+             use_synthetic_data: bool = False, **order) -> tf.data.Dataset:
   """Reads and checks all records of a mode, and returns them as batches.
 
   Args:
     mode: 'train': augmented images, shuffled, without end; 'eval' or 'infer':
       the test images, in order.
-    data_dir: Folder that holds cifar-10-batches-bin/, or that one itself.
+    data_dir: Folder that contains cifar-10-batches-bin/, or that folder.
     batch_size: Images per batch.
-    use_synthetic_data: Whether to make the records up instead.
-    seed: Of shuffle and augmentation, to train. The same seed and step give the
-      same batch, wherever the training begins.
-    step: How many steps are trained already: batches that are left out.
-    steps_per_eval: Batches of a cycle. Each cycle shuffles all records anew, as
-      the original's input did, which was started for each.
-    context: Of the machine's replicas, which train by turns on what comes: each
-      gets its share of the batch.
+    use_synthetic_data: Whether to generate the records instead.
+    **order: For training: seed, step, steps_per_eval, context; see
+      record_dataset.
 
   Returns:
     Dataset of standardized images, float32 [N, 32, 32, 3], and one-hot labels,
@@ -213,8 +217,9 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
   Raises:
     Cifar10Error: A file is missing or damaged.
   """
+  cifar10.check_mode(mode)
   if use_synthetic_data:
-    parts, source = [synthetic_records(mode)], 'memory'
+    parts, source = [cifar10.synthetic_records(mode)], 'memory'
   else:
     files = filenames(mode, data_dir)
     parts = [cifar10.read_records(file) for file in files]
@@ -223,39 +228,25 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     records = tf.concat(parts, axis=0)
   logging.info('%s records to %s from %s', f'{len(records):,}',
                'train' if mode == 'train' else 'evaluate', source)
-  share = slice(None)
-  if context:
-    size = batch_size // context.num_input_pipelines
-    share = slice(size * context.input_pipeline_id,
-                  size * (context.input_pipeline_id + 1))
 
-  def preprocess(number, records):
-    images, labels = dataset_parser(records)
+  def load(numbers, views=None):
+    images, labels = dataset_parser(tf.gather(records, numbers))
     if mode == 'train':
-      images, labels = train_preprocess_fn(
-          images, labels, [seed, number], batch_size, share)
+      images = train_preprocess_fn(images, views)
     return tf.image.per_image_standardization(images), labels
 
-  dataset = record_dataset(
-      records, mode, batch_size, seed, step, steps_per_eval, share)
-  dataset = dataset.map(preprocess, num_parallel_calls=PARALLEL_BATCHES)
+  dataset = record_dataset(len(records), mode, batch_size, **order)
   options = tf.data.Options()
   # Rewriting the pipeline would copy the records and gain nothing. Tuning it
   # would gain nothing either, and delay the end of a cycle by a second or more.
   options.experimental_optimization.apply_default_optimizations = False
   options.autotune.enabled = False
-  dataset = dataset.with_options(options)
-  if context:
-    dataset = dataset.rebatch(
-        batch_size // context.num_replicas_in_sync, drop_remainder=True)
-    # Else the replicas ask each other at each step whether there is more.
-    dataset = dataset.apply(
-        tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-  return dataset.prefetch(PREFETCH_BATCHES)
+  return dataset.map(load, num_parallel_calls=PARALLEL_BATCHES).with_options(
+      options).prefetch(PREFETCH_BATCHES)
 
 
 def prefetch_to_gpu(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """Copies batches to the GPU, if there is one, before a step takes them."""
+  """Copies batches to the GPU, if there is one, before a step needs them."""
   gpus = tf.config.list_logical_devices('GPU')
   if not gpus:
     return dataset
@@ -263,21 +254,21 @@ def prefetch_to_gpu(dataset: tf.data.Dataset) -> tf.data.Dataset:
       gpus[0].name, PREFETCH_BATCHES))
 
 
-def model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
-             network: resnet_model.Cifar10ResnetV2) -> dict[str, tf.Tensor]:
-  """Computes the predictions and, unless to infer, the loss of a batch.
+def cifar10_model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
+                     network: Cifar10ResnetV2) -> dict[str, tf.Tensor]:
+  """Computes the predictions and, unless the mode is 'infer', the loss.
 
   Args:
     features: Standardized images, float32 [N, 32, 32, 3].
-    labels: One-hot, float32 [N, 10]; not used to infer.
+    labels: One-hot, float32 [N, 10]; not used in mode 'infer'.
     mode: 'train', which updates the moving averages, 'eval' or 'infer'.
     network: The network.
 
   Returns:
-    classes, int64 [N], and probabilities, float32 [N, 10]. Unless to infer also
-    cross_entropy and loss, float32 [], and correct, the number of images whose
-    class is the label's, int64 [].
+    classes, int64 [N]; probabilities, float32 [N, 10]. Unless the mode is
+    'infer' also cross_entropy, loss, float32 []; correct, int64 [], a number.
   """
+  cifar10.check_mode(mode)
   logits = network(features, training=mode == 'train')
   predictions = {'classes': tf.argmax(logits, axis=1),
                  'probabilities': tf.nn.softmax(logits)}
@@ -294,225 +285,191 @@ def model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
           'correct': tf.math.count_nonzero(correct)}
 
 
-def learning_rate_schedule(
-    batch_size: int) -> tf.keras.optimizers.schedules.PiecewiseConstantDecay:
-  """Returns the learning rate as a function of global_step."""
+def learning_rate_boundaries(batch_size: int) -> list[int]:
+  """Returns the steps after which the learning rate drops."""
+  return [int(NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN / batch_size * epoch)
+          for epoch in LEARNING_RATE_EPOCHS]
+
+
+def learning_rate(global_step: tf.Tensor, batch_size: int) -> tf.Tensor:
+  """Returns the learning rate, float32 [], of the step after global_step."""
   initial = INITIAL_LEARNING_RATE * batch_size / 128
-  # Up to and including a boundary, the earlier rate holds, as in the original.
-  return tf.keras.optimizers.schedules.PiecewiseConstantDecay(
-      [int(NUM_TRAIN_IMAGES / batch_size * epoch)
-       for epoch in LEARNING_RATE_DECAYS],
-      [initial * decay for decay in (1, *LEARNING_RATE_DECAYS.values())])
+  rates = tf.constant([initial * decay for decay in LEARNING_RATE_DECAYS])
+  # As in the original, the step at a boundary still has the earlier rate.
+  drops = global_step > learning_rate_boundaries(batch_size)
+  return tf.gather(rates, tf.math.count_nonzero(drops))
 
 
 class TrainState(tf.Module):
-  """All that a checkpoint holds."""
+  """All that a checkpoint contains."""
 
-  def __init__(self, network: resnet_model.Cifar10ResnetV2, seed: int = 0):
+  def __init__(self, network: Cifar10ResnetV2, seed: int = 0):
     super().__init__()
     self.network = network
     self.momentum = [
         tf.Variable(tf.zeros_like(v), False, name=f'{tf1_name(v)}/Momentum')
         for v in network.trainable_variables]
-    self.global_step = tf.Variable(0, False, name='global_step', dtype=tf.int64)
-    # Not in the original's checkpoints: what draws the batches, and of the
-    # batches logged in this cycle the images that were right, and all.
-    self.seed = tf.Variable(seed, False, name='seed', dtype=tf.int64)
-    self.train_accuracy = tf.Variable(
-        [0, 0], False, name='train_accuracy', dtype=tf.int64)
+    integer = functools.partial(tf.Variable, trainable=False, dtype=tf.int64)
+    self.global_step = integer(0, name='global_step')
+    # Not in the original's checkpoints: the seed of the batches; and, over the
+    # batches logged in this cycle, the numbers of correct and of all images.
+    self.seed = integer(seed, name='seed')
+    self.train_accuracy = integer([0, 0], name='train_accuracy')
 
 
-def make_state(resnet_size: int, data_format: str | None, dtype: str,
-               seed: int | None) -> TrainState:
-  """Returns a new network's state, by a seed that is drawn if None is given.
-
-  Raises:
-    Cifar10Error: The device has no such convolutions.
-  """
-  check_device(data_format, dtype)
+def make_state(resnet_size: int, data_format: str | None = None,
+               dtype: str = 'fp32', seed: int | None = None) -> TrainState:
+  """Returns a new network with its training state; None is a random seed."""
+  if not resnet_model.has_convolutions(data_format, DTYPES[dtype]):
+    flag = ('data_format=channels_first' if data_format == 'channels_first'
+            else f'dtype={dtype}')
+    raise Cifar10Error(f'--{flag} does not run on this device: leave it out')
   if seed is None:
     seed = np.random.SeedSequence().generate_state(1).item()
-  tf.keras.utils.set_random_seed(seed)  # of the initial values
+  tf.keras.utils.set_random_seed(seed)
   network = resnet_model.cifar10_resnet_v2_generator(
       resnet_size, NUM_CLASSES, data_format, DTYPES[dtype])
   return TrainState(network, seed)
 
 
-def check_device(data_format: str | None, dtype: str) -> None:
-  """Raises Cifar10Error where the device has no such convolutions."""
-  one = tf.ones([1, 1, 1, 1], DTYPES[dtype])
-  layout = 'NCHW' if data_format == 'channels_first' else 'NHWC'
-  try:
-    tf.nn.conv2d(one, one, 1, 'SAME', layout)
-  except tf.errors.OpError:
-    flag = (f'--dtype={dtype}' if layout == 'NHWC'
-            else '--data_format=channels_first')
-    raise Cifar10Error(f'{flag} does not run on this device: leave it '
-                       'out') from None
-
-
-def tf1_name(variable: tf.Variable) -> str:
-  """Returns the name that the variable has in a TensorFlow 1 checkpoint."""
-  return variable.name.removesuffix(':0')
-
-
-class DamagedError(Cifar10Error):
-  """A checkpoint cannot be read."""
-
-
 class Checkpoints:
-  """The checkpoints of a model folder, model.ckpt-STEP.
+  """The checkpoints of a model folder, model.ckpt-STEP, as the original's."""
 
-  They hold the variables side by side, each under its name in the original. So
-  do the original's own: one way of reading serves both.
-  """
-
-  def __init__(self, model_dir: str, state: TrainState,
-               save_seconds: float = 600):
+  def __init__(self, model_dir: str):
     self._model_dir = model_dir
     self._prefix = os.path.join(model_dir, 'model.ckpt')
-    self._variables = {tf1_name(v): v for v in state.variables}
-    # It deletes only what it wrote itself: files of 2017 stay, and those that
-    # a `checkpoint` file copied from another folder may name.
-    checkpoint = tf.train.Checkpoint(**self._variables)
-    try:
-      self._manager = tf.train.CheckpointManager(
-          checkpoint, model_dir, KEEP_CHECKPOINTS, checkpoint_name='model.ckpt')
-    except ValueError:  # of what it has read
-      raise Cifar10Error(f'{model_dir}/checkpoint is damaged: delete it, the '
-                         'model.ckpt-* files are enough') from None
-    # A variable, which all machines have to make at the same time: not only
-    # when one of them saves.
-    self._save_counter = checkpoint.save_counter
-    self._save_seconds = save_seconds
-    self._saved_at = time.monotonic()
-    self.newest = None  # the path of what was last restored or saved
+    self.newest = None  # the path of what was last read or saved
 
   def steps(self) -> list[int]:
-    """Returns the steps of the checkpoints, damaged ones too, newest first.
+    """Returns the steps of all checkpoints, damaged ones too, newest first."""
+    # Not from the list in `checkpoint`: in a folder that was moved or copied it
+    # may name the old place.
+    names = glob.glob(glob.escape(self._prefix) + '-*')
+    found = [re.search(r'-(\d+)\.(index|data-\d+-of-\d+)$', n) for n in names]
+    return sorted({int(match[1]) for match in found if match}, reverse=True)
 
-    The files decide. The list in `checkpoint` beside them may still name the
-    folder from which they were moved or copied.
-    """
-    if not os.path.isdir(self._model_dir):
-      return []
-    names = '\n'.join(os.listdir(self._model_dir))
-    found = re.findall(r'^model\.ckpt-(\d+)\.(?:index|data-\d+-of-\d+)$', names,
-                       re.MULTILINE)
-    return sorted(set(map(int, found)), reverse=True)
-
-  def restore_newest(self) -> None:
-    """Restores the newest that is whole, if there is one.
-
-    Raises:
-      Cifar10Error: None is whole, or the newest whole one is of no use.
-    """
+  def read_newest(self) -> dict[str, np.ndarray]:
+    """Returns the values of the newest whole checkpoint, {} in a new folder."""
     steps = self.steps()
     for step in steps:
+      path = f'{self._prefix}-{step}'
+      logging.info('Restoring parameters from %s', path)
       try:
-        self.restore(f'{self._prefix}-{step}')
-        return
-      except DamagedError as error:
-        logging.warning('%s: trying the one before', error)
-    if steps and steps[0] > 0:  # one of step 0 is no loss
+        values = resnet_model.read_checkpoint(path)
+        self.newest = path
+        return values
+      except resnet_model.READ_ERRORS as error:
+        logging.warning('%s is damaged (%s): trying the one before', path,
+                        reason(error))
+    if steps and steps[0] > 0:  # without the one of step 0, nothing is lost
       raise Cifar10Error(
           f'{self._model_dir} holds no checkpoint that is not damaged: move '
           'model.ckpt-* away to start anew, or name another --model_dir')
+    return {}
 
-  def restore(self, path: str) -> None:
-    """Restores all variables, or raises Cifar10Error and changes none."""
-    logging.info('Restoring parameters from %s', path)
-    try:
-      reader = tf.train.load_checkpoint(path)
-      # TensorFlow 2 adds an ending to the names and writes .S for a slash. All
-      # are read, those too that are not needed: each has its checksum.
-      values = {
-          key.partition('/.ATTRIBUTES/')[0].replace('.S', '/'):
-          reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
-    except (tf.errors.OpError, RuntimeError, LookupError, ValueError) as error:
-      raise DamagedError(f'{path} is damaged ({reason(error)})') from None
-    for name in ('seed', 'train_accuracy'):  # not in those of 2017
-      values.setdefault(name, self._variables[name].numpy())
-    for name, variable in self._variables.items():
+  def restore(self, state: TrainState, values: dict[str, np.ndarray]) -> None:
+    """Assigns the values just read; changes none if one cannot be used."""
+    path, size = self.newest, resnet_model.size_in_checkpoint(values)
+    if size not in (None, state.network.resnet_size):
+      raise Cifar10Error(
+          f'{path} is of another network (size {size}, not '
+          f'{state.network.resnet_size}): use --resnet_size={size} or another '
+          '--model_dir')
+    for variable in state.variables:
+      name = tf1_name(variable)
+      if name in ('seed', 'train_accuracy'):  # the original does not have these
+        values.setdefault(name, variable.numpy())
       if name not in values or values[name].shape != variable.shape:
         there = list(values[name].shape) if name in values else 'missing'
         raise Cifar10Error(
             f'{path} is of another network ({name} is {there} there and '
-            f'{variable.shape.as_list()} here): use {fitting_size(values)}'
-            'another --model_dir')
+            f'{variable.shape.as_list()} here): use another --model_dir')
       if not np.isfinite(values[name]).all():
         raise Cifar10Error(
             f'{path} is of no use, {name} is not finite there: move it away to '
             'go on from the one before, or name another --model_dir')
-    for name, variable in self._variables.items():
-      variable.assign(values[name])
-    self.newest = path
+    for variable in state.variables:
+      variable.assign(values[tf1_name(variable)])
 
-  def save(self) -> None:
-    """Saves a checkpoint, of which the newest five stay.
+  def save(self, state: TrainState) -> None:
+    """Saves a checkpoint; afterwards deletes all but this port's newest five.
 
     Raises:
-      Cifar10Error: A variable is not finite, or the folder cannot be written.
-        The older checkpoints stay.
+      Cifar10Error: A variable is not finite, or there is no room.
     """
-    step = self._variables['global_step'].numpy()
-    for name, variable in self._variables.items():
-      # The squares too, since of such weights the next loss is not finite.
-      with np.errstate(over='ignore'):
-        norm = np.linalg.norm(variable.numpy())
-      if not np.isfinite(norm):
-        raise not_finite(f'{name} is not finite after step {step}, or its norm')
-    for left_by_a_killed_run in glob.glob(
-        glob.escape(self._prefix) + '-*_temp'):
-      shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
+    values = {tf1_name(v): v.numpy() for v in state.variables}
+    step = values['global_step'].item()
+    for name, value in values.items():
+      # Test the norm: where the squares overflow, weight decay makes the next
+      # loss infinite.
+      if not np.isfinite(tf.norm(tf.cast(value, tf.float32))):
+        raise Cifar10Error(f'{name} is not finite after step {step}, or its '
+                           f'norm{WHEN_NOT_FINITE}')
+    path = f'{self._prefix}-{step}'
     logging.info('Saving checkpoints for %d into %s.', step, self._prefix)
     try:
-      self.newest = self._manager.save(checkpoint_number=step)
+      for left_by_a_killed_run in glob.glob(
+          glob.escape(self._prefix) + '-*.tempstate*'):
+        os.remove(left_by_a_killed_run)
+      with tf.device('CPU'):
+        tf.raw_ops.SaveV2(prefix=path, tensor_names=list(values),
+                          shape_and_slices=[''] * len(values),
+                          tensors=list(values.values()))
+      older = [s for s in self.steps() if s < step]
+      self._write_list([*reversed(older[:KEEP_CHECKPOINTS - 1]), step])
     except (tf.errors.OpError, OSError) as error:
+      self._delete(path)
       raise Cifar10Error(
-          f'Cannot save a checkpoint in {self._model_dir} '
-          f'({reason(error)}): make room there and start again, the '
-          'older checkpoints are whole') from None
-    self._saved_at = time.monotonic()
+          f'Cannot save a checkpoint in {self._model_dir} ({reason(error)}): '
+          'make room there and start again, the older checkpoints are whole'
+          ) from None
+    self.newest = path
+    for step in older[KEEP_CHECKPOINTS - 1:]:
+      path = f'{self._prefix}-{step}'
+      with contextlib.suppress(*resnet_model.READ_ERRORS):
+        if 'seed' in resnet_model.checkpoint_keys(path):  # not the original's
+          self._delete(path)
 
-  def is_due(self) -> bool:
-    """Tells whether the last save, or the start, is long enough ago."""
-    return time.monotonic() - self._saved_at >= self._save_seconds
+  def _write_list(self, steps: list[int]) -> None:
+    """Writes `checkpoint`, where TensorFlow and the original look them up."""
+    listed = os.path.join(self._model_dir, 'checkpoint')
+    with open(f'{listed}.tmp', 'w', encoding='ascii') as file:
+      print(f'model_checkpoint_path: "model.ckpt-{steps[-1]}"', file=file)
+      for step in steps:
+        print(f'all_model_checkpoint_paths: "model.ckpt-{step}"', file=file)
+    os.replace(f'{listed}.tmp', listed)
 
-
-def fitting_size(names: Iterable[str]) -> str:
-  """Returns '--resnet_size=N or ' where variables are those of a ResNet-N."""
-  # A convolution for each layer but the last, and three projections.
-  size = sum('conv2d' in name and name.endswith('kernel') for name in names) - 2
-  fits = resnet_model.is_resnet_size(size)
-  return f'--resnet_size={size} or ' if fits else ''
-
-
-def not_finite(what: str) -> Cifar10Error:
-  """Returns the error that ends a run whose numbers overflowed."""
-  return Cifar10Error(
-      f'{what}, nothing of it is saved: the learning rate is '
-      '0.1 * batch_size / 128, try a smaller --batch_size')
-
-
-def reason(error: Exception) -> str:
-  """Returns an error's first line, without the names of graph nodes in it."""
-  return re.sub(r'\{\{.*?\}\} ?| \[Op:.*', '', str(error).partition('\n')[0])
+  def _delete(self, path: str) -> None:
+    # The index last: without it nobody could tell whose the data are.
+    for ending in ('.data-00000-of-00001', '.index'):
+      with contextlib.suppress(OSError):
+        os.remove(path + ending)
 
 
-def compute_gradients(
-    state: TrainState, features: tf.Tensor, labels: tf.Tensor
-    ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
-  """Returns a replica's part of the gradients, and of what is logged.
+def open_model(settings: Settings) -> tuple[TrainState, Checkpoints]:
+  """Returns the state of the newest checkpoint in model_dir, or a new one."""
+  checkpoints = Checkpoints(settings.model_dir)
+  # Of several machines, only the first has the folder.
+  values = checkpoints.read_newest() if is_chief() else {}
+  size = resnet_model.size_in_checkpoint(values) or 32
+  state = make_state(settings.resnet_size or int(total(size * is_chief())),
+                     settings.data_format, settings.dtype, settings.seed)
+  if values:
+    checkpoints.restore(state, values)
+  if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+    for variable in state.variables:
+      variable.assign(total(variable.numpy() * is_chief()))
+  return state, checkpoints
 
-  The sum of the parts of all replicas is that of the whole batch: its mean
-  cross entropy, and the weight decay once.
-  """
+
+def compute_gradients(state: TrainState, features: tf.Tensor,
+                      labels: tf.Tensor) -> tuple[list, dict]:
+  """Returns a replica's part of the whole batch's gradients and values."""
   variables = state.network.trainable_variables
   replicas = tf.distribute.get_strategy().num_replicas_in_sync
   scale = FP16_LOSS_SCALE if state.network.dtype == tf.float16 else 1
   with tf.GradientTape() as tape:
-    outputs = model_fn(features, labels, 'train', state.network)
+    outputs = cifar10_model_fn(features, labels, 'train', state.network)
     scaled_loss = scale / replicas * outputs['loss']
   gradients = [gradient / scale
                for gradient in tape.gradient(scaled_loss, variables)]
@@ -521,74 +478,69 @@ def compute_gradients(
                      'correct': tf.cast(outputs['correct'], tf.float32)}
 
 
-def train_step(state: TrainState, schedule: Callable, compute: Callable,
+def train_step(state: TrainState, batch_size: int, compute: Callable,
                features: tf.Tensor, labels: tf.Tensor) -> dict[str, tf.Tensor]:
-  """Trains one batch, or a replica's share of it together with the others.
+  """Trains on one batch or, together with the others, on a replica's share.
 
   Args:
-    state: What is trained.
-    schedule: The learning rate by step.
-    compute: compute_gradients, compiled or not, of this state.
-    features: Standardized images, float32 [N, 32, 32, 3].
-    labels: One-hot, float32 [N, 10].
+    state: What to train.
+    batch_size: Images per batch on all replicas, for the learning rate.
+    compute: compute_gradients of this state, compiled or not.
+    features: See cifar10_model_fn, like labels.
 
   Returns:
-    What is logged of a step, from before its update: cross_entropy, loss and
-    learning_rate, float32 []; correct, int64 []; up to six of the images.
+    What to log, from before the update: cross_entropy, loss and learning_rate,
+    float32 []; correct, int64 []; images, up to six.
   """
   gradients, values = compute(features, labels)
+  # Each replica normalizes its own share of the batch; the moving averages
+  # become the mean over the replicas. With one replica this changes nothing.
   replicas = tf.distribute.get_strategy().num_replicas_in_sync
-  if replicas > 1:
-    # Each normalizes its own share of the batch. The moving averages become the
-    # mean over the replicas.
-    averages = [v for v in state.network.variables if not v.trainable]
-    gradients, values, moving = (
-        tf.distribute.get_replica_context().all_reduce('SUM', [
-            gradients, values, [v.read_value() / replicas for v in averages]]))
-    for variable, value in zip(averages, moving):
-      variable.assign(value)
-  learning_rate = schedule(state.global_step)
+  averages = [v for v in state.network.variables if not v.trainable]
+  gradients, values, moving = (
+      tf.distribute.get_replica_context().all_reduce('SUM', [
+          gradients, values, [v.read_value() / replicas for v in averages]]))
+  for variable, value in zip(averages, moving):
+    variable.assign(value)
+  rate = learning_rate(state.global_step, batch_size)
   for variable, accum, gradient in zip(
       state.network.trainable_variables, state.momentum, gradients):
     # accum = 0.9 * accum + gradient; variable -= learning_rate * accum. Keras
-    # accumulates the learning rate too: other numbers after each of its drops.
+    # puts the learning rate into accum, which differs after each of its drops.
     tf.raw_ops.ResourceApplyMomentum(
-        var=variable.handle, accum=accum.handle, lr=learning_rate,
-        grad=gradient, momentum=MOMENTUM)
-  # Each replica has its own copy, as of the other variables.
+        var=variable.handle, accum=accum.handle, lr=rate, grad=gradient,
+        momentum=MOMENTUM)
+  # By its handle too: each replica updates a copy of its own.
   tf.raw_ops.AssignAddVariableOp(
       resource=state.global_step.handle, value=tf.constant(1, tf.int64))
   return {**values, 'correct': tf.cast(values['correct'], tf.int64),
-          'learning_rate': learning_rate,
-          'images': features[:NUM_SUMMARY_IMAGES]}
+          'learning_rate': rate, 'images': features[:NUM_SUMMARY_IMAGES]}
 
 
 def uses_xla(xla: str) -> bool:
-  """Tells what the flag --xla means on this device."""
-  if xla == 'auto':
-    return bool(tf.config.list_logical_devices('GPU'))
-  return xla == 'on'
+  """Returns what the flag --xla means on this device."""
+  return xla == 'on' or (
+      xla == 'auto' and bool(tf.config.list_logical_devices('GPU')))
 
 
 def make_train_step(state: TrainState, batch_size: int,
                     xla: bool = False) -> Callable:
-  """Returns train_step as compiled `step(features, labels)`, by XLA or not."""
-  schedule = learning_rate_schedule(batch_size)
+  """Returns train_step as a compiled `step(features, labels)`."""
   compute = functools.partial(compute_gradients, state)
   if tf.distribute.get_strategy().num_replicas_in_sync == 1:
-    return tf.function(functools.partial(train_step, state, schedule, compute),
-                       jit_compile=xla)
-  # XLA cannot compile what the replicas exchange.
+    step = functools.partial(train_step, state, batch_size, compute)
+    return tf.function(step, jit_compile=xla)
+  # XLA cannot compile the exchange between the replicas.
   compute = tf.function(compute, jit_compile=xla)
-  return functools.partial(train_step, state, schedule, compute)
+  return functools.partial(train_step, state, batch_size, compute)
 
 
 def make_inner_loop(state: TrainState, batch_size: int,
                     xla: bool = False) -> Callable:
-  """Returns the compiled `inner_loop(iterator, num_steps)`.
+  """Returns the compiled `inner_loop(iterator, num_steps)`, which trains.
 
-  It trains and returns the values of the last step and, as `finite_steps`,
-  int64 [], after how many steps the loss was not finite any more.
+  It returns the last step's values and finite_steps, int64 [], the number of
+  steps with a finite loss.
   """
   step = make_train_step(state, batch_size, xla)
   strategy = tf.distribute.get_strategy()
@@ -611,58 +563,8 @@ def make_inner_loop(state: TrainState, batch_size: int,
   return inner_loop
 
 
-def train(inner_loop: Callable, iterator: Iterator, state: TrainState,
-          cycle_start: int, last_step: int,
-          batch_size: int) -> Iterator[tuple[int, float | None, dict]]:
-  """Trains up to `last_step` in the cycle that begins after `cycle_start`.
-
-  Yields after each piece of about a second the step; the seconds that a step
-  takes of late, None after the first, which may have been compiled; and what is
-  to be logged: at the first step of the cycle and every 100 steps from there,
-  else {}.
-
-  Raises:
-    Cifar10Error: The loss is not finite any more.
-  """
-  step = state.global_step.numpy().item()
-  if step == cycle_start:  # as in the original, anew in each cycle
-    state.train_accuracy.assign([0, 0])
-  first_step, num_steps, pace, logged_at = step + 1, 1, None, None
-  while step < last_step:
-    to_next_log = (cycle_start - step) % LOG_STEPS + 1
-    num_steps = min(num_steps, to_next_log, last_step - step)
-    started = time.perf_counter()
-    # A tensor, since each Python number would be traced anew.
-    values = inner_loop(iterator, tf.constant(num_steps))
-    values = {name: value.numpy() for name, value in values.items()}  # waits
-    now = time.perf_counter()
-    if values['finite_steps'] < num_steps:
-      raise not_finite(
-          f'The loss is not finite at step {step + 1 + values["finite_steps"]} '
-          f'(looked at after steps {step} and {step + num_steps})')
-    step += num_steps
-    seconds = (now - started) / num_steps
-    if step > first_step:
-      pace = 0.9 * (pace or seconds) + 0.1 * seconds
-    is_logged = num_steps == to_next_log
-    if is_logged:
-      # As in the original, the mean over the logged batches of this cycle.
-      correct, seen = state.train_accuracy.assign_add(
-          [values['correct'], batch_size]).numpy()
-      values['train_accuracy'] = np.float32(correct / seen)
-      if logged_at is not None:
-        values['seconds'] = now - logged_at
-        values['global_step/sec'] = LOG_STEPS / values['seconds']
-      logged_at = now
-    yield step, pace, values if is_logged else {}
-    # The speed of the first machine decides for all.
-    num_steps = max(1, int(PIECE_SECONDS / seconds))
-    num_steps = int(total(num_steps * is_chief()))
-  logging.info('Loss for final step: %s.', values['loss'])
-
-
 def log_values(step: int, values: dict) -> None:
-  """Hook that logs the lines of the original, word for word."""
+  """Hook that logs the original's lines, word for word."""
   duration = ''
   if 'seconds' in values:
     duration = f' ({values["seconds"]:.3f} sec)'
@@ -682,79 +584,84 @@ def write_summaries(writer: tf.summary.SummaryWriter, step: int,
                  'global_step/sec'):
       if name in values:
         tf.summary.scalar(name, values[name])
-    # On one chart with the evaluations, which have this name too.
+    # Under the name that evaluations use, so that both are on one chart.
     tf.summary.scalar('accuracy', values['train_accuracy'])
     # An image's mean, zero, becomes grey, its farthest value black or white.
     images = values['images']
     farthest = np.abs(images).max(axis=(1, 2, 3), keepdims=True)
     tf.summary.image('images', 0.5 + 0.5 * images / np.maximum(farthest, 1e-6),
                      max_outputs=NUM_SUMMARY_IMAGES)
+  writer.flush()
 
 
-def show_progress(step: int, last_step: int, train_steps: int,
-                  batch_size: int, seconds: float | None) -> None:
-  """Shows on a terminal how far the training is, by the seconds of a step."""
-  text = f'Step {step} of {train_steps}'
+def show_progress(settings: Settings, step: int, cycle_end: int,
+                  seconds: float | None) -> None:
+  """Shows in the status line how far training is, given seconds per step."""
+  text = f'Step {step} of {settings.train_steps}'
   if seconds:
     cycle, run = (datetime.timedelta(seconds=round((end - step) * seconds))
-                  for end in (last_step, train_steps))
-    text += (f', {batch_size / seconds:,.0f} images/s, '
+                  for end in (cycle_end, settings.train_steps))
+    text += (f', {settings.batch_size / seconds:,.0f} images/s, '
              f'left: {cycle} of the cycle, {run} in all')
   cifar10.show_status(text)
 
 
-def make_eval_step(network: resnet_model.Cifar10ResnetV2) -> Callable:
-  """Returns the compiled `eval_step(iterator, loss, confusion_matrix)`.
-
-  It evaluates a batch and returns the two sums with what that adds to them.
-  """
+def make_eval_step(network: Cifar10ResnetV2) -> Callable:
+  """Returns a compiled function that adds the next batch to two sums."""
 
   @tf.function
   def eval_step(iterator, loss, confusion_matrix):
     features, labels = next(iterator)
-    outputs = model_fn(features, labels, 'eval', network)
-    return loss + outputs['loss'], confusion_matrix + tf.math.confusion_matrix(
-        tf.argmax(labels, axis=1), outputs['classes'], NUM_CLASSES,
-        dtype=tf.int64)
+    outputs = cifar10_model_fn(features, labels, 'eval', network)
+    matrix = tf.math.confusion_matrix(
+        tf.argmax(labels, axis=1), outputs['classes'], NUM_CLASSES)
+    return loss + outputs['loss'], confusion_matrix + matrix
 
   return eval_step
 
 
 def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
              step: int) -> tuple[dict[str, float], np.ndarray]:
-  """Evaluates checkpoint `path` of `step`; logs and prints the results.
+  """Evaluates the network, saved as `path` at a step; prints the results.
 
   Returns:
-    The results: accuracy over all images, loss, the plain mean over the batches
-    in which the last one counts like the others although it is short, and
-    global_step. And how many images of each label (row) were taken for each
-    class (column), int64 [10, 10].
+    The results: accuracy over all images; loss, the mean over the batches, in
+    which the short last one counts like the others; global_step. And how many
+    images of each label (row) were given each class (column), int32 [10, 10].
   """
   logging.info('Starting evaluation at %s', time.strftime('%Y-%m-%dT%H:%M:%S'))
   # The variables are in memory already, but people search logs for this line.
   logging.info('Restoring parameters from %s', path)
-  # The copy to a GPU does not know its length.
+  # Ask for the length here: the copy to a GPU does not know it.
   iterator, num_batches = iter(prefetch_to_gpu(dataset)), len(dataset)
-  loss, matrix = tf.zeros([]), tf.zeros([NUM_CLASSES] * 2, tf.int64)
+  loss, matrix = tf.zeros([]), tf.zeros([NUM_CLASSES] * 2, tf.int32)
   for batch in range(num_batches):
     cifar10.show_status(f'Evaluating batch {batch + 1} of {num_batches}')
     loss, matrix = eval_step(iterator, loss, matrix)
   loss, matrix = (loss / num_batches).numpy(), matrix.numpy()  # waits
   logging.info('Finished evaluation at %s', time.strftime('%Y-%m-%d-%H:%M:%S'))
-  results = {'accuracy': shortest(matrix.trace() / matrix.sum()),
-             'loss': shortest(loss), 'global_step': step}
+  results = {'accuracy': matrix.trace() / matrix.sum(), 'loss': loss}
+  # With float32's digits and no more, as the original printed them.
+  results = {name: float(str(np.float32(x))) for name, x in results.items()}
+  results['global_step'] = step
   logging.info('Saving dict for global step %d: %s', step, ', '.join(
       f'{name} = {results[name]}' for name in sorted(results)))
   print(results, flush=True)
   return results, matrix
 
 
+def class_accuracies(confusion_matrix: np.ndarray) -> dict[str, float]:
+  """Returns the accuracy of each class by name; 0 if it has no images."""
+  images = np.maximum(confusion_matrix.sum(axis=1), 1)
+  return dict(zip(cifar10.CLASSES, confusion_matrix.diagonal() / images))
+
+
 def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
                      confusion_matrix: np.ndarray) -> None:
-  """Writes what TensorBoard shows of an evaluation, as evaluate returns it."""
+  """Writes what TensorBoard shows of the two things that evaluate returns."""
   images = confusion_matrix.sum(axis=1, keepdims=True)
   shares = confusion_matrix / np.maximum(images, 1)
-  # Squares of 24 pixels, white to black. The root lets a few percent be seen.
+  # Squares of 24 pixels, white to black. The root makes a few percent visible.
   image = 1 - np.sqrt(shares).repeat(24, axis=0).repeat(24, axis=1)
   names = ', '.join(cifar10.CLASSES)
   with writer.as_default(results['global_step']):
@@ -764,37 +671,18 @@ def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
       tf.summary.scalar(f'accuracy_of_class/{name}', accuracy)
     tf.summary.image('confusion_matrix', image[None, ..., None], description=(
         f'A row for each label, a column for each predicted class: {names}. '
-        'The more of the row are in a square, the darker it is.'))
+        'The darker a square, the larger its share of the row.'))
   writer.flush()
 
 
-def class_accuracies(confusion_matrix: np.ndarray) -> dict[str, float]:
-  """Returns by class the share of its images that were right, 0 of none."""
-  images = np.maximum(confusion_matrix.sum(axis=1), 1)
-  return dict(zip(cifar10.CLASSES, confusion_matrix.diagonal() / images))
-
-
-def shortest(value: float) -> float:
-  """Returns the number that prints with no more digits than float32 has."""
-  return float(str(np.float32(value)))
-
-
-def evaluate_only(data_dir: str | None, model_dir: str, resnet_size: int,
-                  batch_size: int, data_format: str | None = None,
-                  dtype: str = 'fp32', use_synthetic_data: bool = False
-                  ) -> None:
-  """Evaluates the newest checkpoint; prints the accuracy of each class too.
-
-  Raises:
-    Cifar10Error: There is none, or it or the data are not as they should be.
-  """
-  dataset = input_fn('eval', data_dir, batch_size, use_synthetic_data)
-  state = make_state(resnet_size, data_format, dtype, seed=0)
-  checkpoints = Checkpoints(model_dir, state)
-  checkpoints.restore_newest()
+def evaluate_only(settings: Settings) -> None:
+  """Evaluates the newest checkpoint; prints the accuracy of each class too."""
+  dataset = input_fn('eval', settings.data_dir, settings.batch_size,
+                     settings.use_synthetic_data)
+  state, checkpoints = open_model(settings)
   if checkpoints.newest is None:
-    raise Cifar10Error(f'{model_dir} holds no checkpoint to evaluate: train '
-                       'first, or name another --model_dir')
+    raise Cifar10Error(f'{settings.model_dir} holds no checkpoint to evaluate: '
+                       'train first, or name another --model_dir')
   _, confusion_matrix = evaluate(
       make_eval_step(state.network), dataset, checkpoints.newest,
       state.global_step.numpy().item())
@@ -802,193 +690,161 @@ def evaluate_only(data_dir: str | None, model_dir: str, resnet_size: int,
     print(f'{name:10} {accuracy:.4f}')
 
 
-class Classifier(tf.Module):
-  """What --export_dir holds: the network behind its standardization."""
+def export(settings: Settings, export_dir: str) -> None:
+  """Writes the newest checkpoint as a SavedModel, complete in itself.
 
-  def __init__(self, network: resnet_model.Cifar10ResnetV2):
-    super().__init__()
-    self._network = network
+  From raw images, uint8 [N, 32, 32, 3], it computes classes, int64 [N],
+  class_names, string [N], and probabilities, float32 [N, 10].
+  """
+  # Not every device has convolutions with the channels first.
+  state, checkpoints = open_model(
+      dataclasses.replace(settings, data_format='channels_last'))
 
   @tf.function(input_signature=[
       tf.TensorSpec([None, HEIGHT, WIDTH, DEPTH], tf.uint8, 'images')])
-  def __call__(self, images):
-    outputs = model_fn(tf.image.per_image_standardization(images), None,
-                       'infer', self._network)
-    return {**outputs, 'class_names': tf.gather(
-        cifar10.CLASSES, outputs['classes'])}
+  def classify(images):
+    images = tf.image.per_image_standardization(images)
+    outputs = cifar10_model_fn(images, None, 'infer', state.network)
+    names = tf.gather(cifar10.CLASSES, outputs['classes'])
+    return {**outputs, 'class_names': names}
 
-
-def export(model_dir: str, export_dir: str, resnet_size: int,
-           dtype: str) -> None:
-  """Writes the newest checkpoint as a SavedModel, complete in itself.
-
-  Its `serving_default` takes images, uint8 [N, 32, 32, 3], as they are. It
-  returns classes, int64 [N], class_names of these, string [N], and
-  probabilities, float32 [N, 10].
-
-  Raises:
-    Cifar10Error: There is no room.
-  """
-  # Not every device has convolutions with the channels first.
-  state = make_state(resnet_size, 'channels_last', dtype, seed=0)
-  checkpoints = Checkpoints(model_dir, state)
-  checkpoints.restore_newest()
   try:
-    tf.saved_model.save(Classifier(state.network), export_dir)
+    tf.saved_model.save(state.network, export_dir, classify)
   except (OSError, tf.errors.OpError) as error:
     shutil.rmtree(export_dir, ignore_errors=True)  # a part of it
     raise Cifar10Error(
-        f'Cannot export to {export_dir} ({reason(error)}): make room and run '
-        'this again with --eval_only, or name another folder') from None
+        f'Cannot export to {export_dir} ({reason(error)}): make room, then run '
+        'this again with --eval_only') from None
   logging.info('Exported %s to %s', checkpoints.newest, export_dir)
 
 
-def train_and_evaluate(
-    data_dir: str | None, model_dir: str, resnet_size: int, train_steps: int,
-    steps_per_eval: int, batch_size: int, save_checkpoints_secs: int = 600,
-    data_format: str | None = None, dtype: str = 'fp32', xla: str = 'auto',
-    seed: int | None = None, use_synthetic_data: bool = False,
-    flag_values: dict | None = None,
-    interrupted: Callable[[], bool] = lambda: False) -> bool:
-  """Trains and evaluates in turn, up to `train_steps` in all.
+def train_and_evaluate(settings: Settings, interrupted=lambda: False) -> bool:
+  """Trains and evaluates in turn, up to `train_steps` steps in total.
 
   Goes on from the newest checkpoint in `model_dir`. In the scope of a
   tf.distribute strategy, all its replicas share each batch.
 
   Args:
-    flag_values: What TensorBoard is to show as the flags of the run.
-    interrupted: Is asked after each piece of about a second whether to save and
-      return. The others are the flags of the same names.
-
-  Returns:
-    Whether all is done: False if it was interrupted, here or elsewhere.
+    settings: What to do.
+    interrupted: Function that is asked about once a second whether to save and
+      return False.
 
   Raises:
-    Cifar10Error: Data, checkpoint or model folder are not as they should be, or
-      the loss is not finite any more.
+    Cifar10Error: Data, checkpoint or loss are not as they should be.
     OSError: The model folder cannot be written.
   """
-  eval_data = input_fn('eval', data_dir, batch_size, use_synthetic_data)
-  state = make_state(resnet_size, data_format, dtype, seed)
-  checkpoints = Checkpoints(model_dir, state, save_checkpoints_secs)
-  steps_there = checkpoints.steps()
-  checkpoints.restore_newest()
-  if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-    take_from_chief(state.variables)
-  run_seed = state.seed.numpy().item()
-  if seed not in (None, run_seed):
-    raise Cifar10Error(f'{model_dir} was trained with --seed={run_seed}, not '
-                       f'{seed}: leave it out, or name another --model_dir')
-  step = state.global_step.numpy().item()
-  train_data = distributed_input(batch_size, functools.partial(
-      input_fn, 'train', data_dir, batch_size, use_synthetic_data, run_seed,
-      step, steps_per_eval))
-  with cifar10.sole_use(model_dir):
-    if checkpoints.steps() != steps_there:
-      raise Cifar10Error(f'Another run has just saved in {model_dir}: start '
-                         'again, or name another --model_dir')
-    facts = describe_run(state, resnet_size, xla, train_steps, batch_size)
-    train_writer = tf.summary.create_file_writer(model_dir)
-    eval_writer = tf.summary.create_file_writer(os.path.join(model_dir, 'eval'))
+  eval_data = input_fn('eval', settings.data_dir, settings.batch_size,
+                       settings.use_synthetic_data)
+  with (cifar10.sole_use(settings.model_dir) if is_chief()
+        else contextlib.nullcontext()):
+    state, checkpoints = open_model(settings)
+    seed, step = state.seed.numpy().item(), state.global_step.numpy().item()
+    if settings.seed not in (None, seed):
+      raise Cifar10Error(
+          f'{settings.model_dir} was trained with --seed={seed}, not '
+          f'{settings.seed}: leave it out, or name another --model_dir')
+    train_data = distributed_input(settings.batch_size, functools.partial(
+        input_fn, 'train', settings.data_dir, settings.batch_size,
+        settings.use_synthetic_data, seed=seed, step=step,
+        steps_per_eval=settings.steps_per_eval))
+    facts = describe_run(settings, state)
+    if not is_chief():
+      return run_cycles(settings, state, train_data, interrupted)
+    train_writer, eval_writer = map(tf.summary.create_file_writer, (
+        settings.model_dir, os.path.join(settings.model_dir, 'eval')))
     with train_writer.as_default(step):
-      facts.update(flag_values or {})
       tf.summary.text('run', '\n'.join(['| | |', '|---|---|', *(
           f'| {name} | {value} |' for name, value in facts.items())]))
     eval_step = make_eval_step(state.network)
-
-    def evaluate_now(step):
-      write_evaluation(eval_writer, *evaluate(
-          eval_step, eval_data, checkpoints.newest, step))
-      train_writer.flush()
-
     if checkpoints.newest is None:
-      checkpoints.save()
-    # One input for all cycles: the next one's first batches are ready when an
-    # evaluation ends.
+      checkpoints.save(state)
     return run_cycles(
-        state, checkpoints, iter(train_data), train_steps, steps_per_eval,
-        batch_size, uses_xla(xla), evaluate_now, interrupted,
+        settings, state, train_data, interrupted, checkpoints,
+        lambda path, step: write_evaluation(
+            eval_writer, *evaluate(eval_step, eval_data, path, step)),
         [log_values, functools.partial(write_summaries, train_writer)])
 
 
 def run_cycles(
-    state: TrainState, checkpoints: Checkpoints, iterator: Iterator,
-    train_steps: int, steps_per_eval: int, batch_size: int, xla: bool,
-    evaluate_now: Callable[[int], None], interrupted: Callable[[], bool],
-    hooks: list[Callable[[int, dict], None]]) -> bool:
-  """Trains, saves and evaluates; returns False where it was interrupted."""
-  inner_loop = make_inner_loop(state, batch_size, xla)
-  cifar10.show_status('Building the training step')
-  step = state.global_step.numpy().item()
-  while True:
-    # A run that was killed at the end of a cycle still owes its evaluation.
-    if is_chief() and (
-        step >= train_steps or (step and step % steps_per_eval == 0)):
-      evaluate_now(step)
-    if step >= train_steps:
-      return True
-    # Cycles end at multiples of steps_per_eval, after an interruption too.
-    cycle_start = step - step % steps_per_eval
-    last_step = min(cycle_start + steps_per_eval, train_steps)
-    for step, pace, values in train(
-        inner_loop, iterator, state, cycle_start, last_step, batch_size):
-      for hook in hooks if values else ():
-        hook(step, values)
-      show_progress(step, last_step, train_steps, batch_size, pace)
-      stop = total(int(interrupted()))
-      if stop or step == last_step or checkpoints.is_due():
-        checkpoints.save()
-      if stop:
-        logging.warning('Stopped after step %d, saved as %s: the same command '
-                        'goes on from there', step, checkpoints.newest)
-        return False
+    settings: Settings, state: TrainState, train_data: Iterable,
+    interrupted: Callable[[], bool], checkpoints: Checkpoints | None = None,
+    evaluate_now: Callable[[str, int], None] | None = None,
+    hooks: Iterable[Callable[[int, dict], None]] = ()) -> bool:
+  """Trains, logs, evaluates and saves; returns False if it was interrupted.
 
-
-def is_chief() -> bool:
-  """Tells whether this is, of all machines, the one that saves and prints."""
-  return tf.distribute.get_strategy().extended.should_checkpoint
-
-
-def total(value: np.ndarray | int) -> np.ndarray | int:
-  """Returns the sum of the machines' values; all have to call this."""
-  strategy = tf.distribute.get_strategy()
-  if strategy.num_replicas_in_sync == 1:
-    return value
-  value = tf.constant(value)
-  replicas_here = len(strategy.extended.worker_devices)
-  values = strategy.experimental_distribute_values_from_function(
-      lambda context: value if (
-          context.replica_id_in_sync_group % replicas_here == 0
-          ) else tf.zeros_like(value))
-  return strategy.reduce('SUM', values, axis=None).numpy()
-
-
-def take_from_chief(variables: Iterable[tf.Variable]) -> None:
-  """Gives all machines the values of the first one."""
-  for variable in variables:
-    variable.assign(total(variable.numpy() * is_chief()))
-
-
-def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
-  """Returns a dataset of which each replica gets its share.
-
-  Raises:
-    Cifar10Error: The batch cannot be shared out evenly.
+  A cycle ends with an evaluation, at each multiple of `steps_per_eval`. Steps
+  run in pieces of about a second, which end at the steps to log. Only the first
+  machine has checkpoints, hooks and evaluations.
   """
-  strategy = tf.distribute.get_strategy()
-  replicas = strategy.num_replicas_in_sync
-  if replicas == 1:
-    return prefetch_to_gpu(make_dataset())
-  if batch_size % replicas:
-    raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
-                       f'{replicas} replicas that share it: make it one')
-  return strategy.distribute_datasets_from_function(
-      lambda context: make_dataset(context=context))
+  inner_loop = make_inner_loop(
+      state, settings.batch_size, uses_xla(settings.xla))
+  # One input for all cycles: during an evaluation it prepares the next cycle's
+  # first batches.
+  iterator = iter(train_data)
+  cifar10.show_status('Building the training step')
+  step = first_step = state.global_step.numpy().item()
+  num_steps, pace, logged_at, saved_at = 1, None, None, time.monotonic()
+  while True:
+    # At the start too: a run killed at the end of a cycle owes its evaluation.
+    in_cycle = step % settings.steps_per_eval
+    done = step >= settings.train_steps
+    if evaluate_now and (done or (step and not in_cycle)):
+      evaluate_now(checkpoints.newest, step)
+    if done:
+      return True
+    if not in_cycle:  # as in the original, anew in each cycle
+      state.train_accuracy.assign([0, 0])
+      logged_at = None
+    cycle_end = min(
+        step - in_cycle + settings.steps_per_eval, settings.train_steps)
+    to_next_log = -in_cycle % LOG_STEPS + 1
+    num_steps = min(num_steps, to_next_log, cycle_end - step)
+    started = time.perf_counter()
+    # A tensor, since each new Python number would be traced.
+    values = inner_loop(iterator, tf.constant(num_steps))
+    values = {name: value.numpy() for name, value in values.items()}  # waits
+    now = time.perf_counter()
+    if values['finite_steps'] < num_steps:
+      raise Cifar10Error(
+          f'The loss is not finite at step {step + 1 + values["finite_steps"]} '
+          f'(looked at after steps {step} and {step + num_steps})'
+          f'{WHEN_NOT_FINITE}')
+    step += num_steps
+    seconds = (now - started) / num_steps
+    if num_steps == to_next_log:
+      # As in the original, the mean over the logged batches of this cycle.
+      correct, seen = state.train_accuracy.assign_add(
+          [values['correct'], settings.batch_size]).numpy()
+      values['train_accuracy'] = np.float32(correct / seen)
+      if logged_at is not None:
+        values['seconds'] = now - logged_at
+        values['global_step/sec'] = LOG_STEPS / values['seconds']
+      logged_at = now
+      for hook in hooks:
+        hook(step, values)
+    if step > first_step + 1:  # the time of the first one includes compiling
+      pace = 0.9 * (pace or seconds) + 0.1 * seconds
+    show_progress(settings, step, cycle_end, pace)
+    # All machines stop when one does, and go at the first one's pace.
+    stop, num_steps = total(np.array([
+        interrupted(), is_chief() * max(1, int(PIECE_SECONDS / seconds))
+        ])).tolist()
+    if checkpoints and (
+        stop or step == cycle_end
+        or time.monotonic() - saved_at >= settings.save_checkpoints_secs):
+      checkpoints.save(state)
+      saved_at = time.monotonic()
+    if stop:
+      saved = f', saved as {checkpoints.newest}' if checkpoints else ''
+      logging.warning('Stopped after step %d%s: the same command goes on from '
+                      'there', step, saved)
+      return False
+    if step == cycle_end:
+      logging.info('Loss for final step: %s.', values['loss'])
 
 
-def describe_run(state: TrainState, resnet_size: int, xla: str,
-                 train_steps: int, batch_size: int) -> dict:
-  """Logs what the run will use and do; returns what it uses, by name."""
+def describe_run(settings: Settings, state: TrainState) -> dict:
+  """Logs what the run uses and will do; returns that and the flags by name."""
   device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
   for gpu in tf.config.get_visible_devices('GPU')[:1]:
     details = tf.config.experimental.get_device_details(gpu)
@@ -996,121 +852,32 @@ def describe_run(state: TrainState, resnet_size: int, xla: str,
   replicas = tf.distribute.get_strategy().num_replicas_in_sync
   if replicas > 1:
     device = f'{replicas} replicas: {device}'
-  network = state.network
-  parameters = sum(v.shape.num_elements() for v in network.trainable_variables)
   facts = {
-      'network': f'ResNet-{resnet_size}, {parameters:,} parameters, '
-                 f'{network.data_format}, {network.dtype.name}',
-      'XLA': 'on' if uses_xla(xla) else 'off', 'device': device,
+      'network': repr(state.network),
+      'XLA': 'on' if uses_xla(settings.xla) else 'off', 'device': device,
       'seed': state.seed.numpy(), 'TensorFlow': tf.__version__,
       'NumPy': np.__version__, 'Python': platform.python_version()}
   logging.info('%(network)s, XLA %(XLA)s, on %(device)s, seed %(seed)d', facts)
   step = state.global_step.numpy()
-  if step >= train_steps:
+  if step >= settings.train_steps:
     logging.info('All %d steps are trained already: only evaluating. A higher '
-                 '--train_steps would train on', train_steps)
+                 '--train_steps would train on', settings.train_steps)
   else:
     logging.info(
         'Training steps %d to %d, batch size %d. The learning rate drops after '
-        'steps %d, %d and %d', step + 1, train_steps, batch_size,
-        *learning_rate_schedule(batch_size).boundaries)
-  return facts
-
-
-def define_flags() -> None:
-  """Defines the flags of this script."""
-  cifar10.define_data_dir()
-  flags.declare_key_flag('data_dir')  # for --help to list it here too
-  flags.DEFINE_string(
-      'model_dir', '/tmp/cifar10_model',
-      'Folder of the checkpoints and TensorBoard events. By default, synthetic '
-      'data has a folder of its own, with _synthetic behind the name.')
-  flags.DEFINE_integer('resnet_size', 32, 'Depth of the network, 6n + 2.')
-  flags.register_validator('resnet_size', resnet_model.is_resnet_size,
-                           'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')
-  flags.DEFINE_integer(
-      'train_steps', 100000,
-      'Batches to train in all, earlier runs in model_dir included.', 1)
-  flags.DEFINE_integer(
-      'steps_per_eval', 4000, 'Batches between evaluations.', 1)
-  flags.DEFINE_integer(
-      'batch_size', 128,
-      'Images per batch. The learning rate is in proportion to it.',
-      1, NUM_TRAIN_IMAGES)
-  flags.DEFINE_integer(
-      'save_checkpoints_secs', 600,
-      'Seconds between checkpoints, beside those at the ends of cycles.', 1)
-  flags.DEFINE_enum(
-      'data_format', None, ['channels_first', 'channels_last'],
-      'Layout of the images in the network. By default the faster one: '
-      'channels_first on a GPU, channels_last on a CPU.')
-  flags.DEFINE_enum(
-      'dtype', 'fp32', list(DTYPES),
-      'Numbers in the convolutions. Variables, statistics and loss are fp32.')
-  flags.DEFINE_enum(
-      'xla', 'auto', ['auto', 'on', 'off'],
-      'Compile the training step by XLA. auto: on a GPU, not on a CPU.')
-  flags.DEFINE_integer(
-      'num_gpus', None,
-      'GPUs to use on this machine, which share each batch. -1: all, 0: the '
-      'CPU. By default one, if there is one.', -1)
-  flags.DEFINE_integer(
-      'seed', None,
-      'Draws the initial values and the batches. A run with a seed can be '
-      'repeated exactly; without one it draws one and logs it.', 0, 2**32 - 1)
-  flags.DEFINE_bool(
-      'use_synthetic_data', False,
-      'Train and evaluate on made-up images: needs no data and no network.')
-  flags.DEFINE_bool(
-      'eval_only', False,
-      'Only evaluate the newest checkpoint, and print how each class does.')
-  flags.DEFINE_string(
-      'export_dir', None,
-      'New folder for a SavedModel, written after the training or, with '
-      '--eval_only, without it.')
-  for name in ('model_dir', 'export_dir'):
-    cifar10.register_path_validator(name)
-
-
-def note_signals() -> list[int]:
-  """Lets the first SIGTERM or SIGINT only be noted, in the list returned.
-
-  A second one ends the process at once.
-  """
-  noted = []
-  receiver, sender = socket.socketpair()
-
-  def wait():
-    noted.extend(receiver.recv(1))
-    logging.warning('Stopping, to save first. A second signal ends at once')
-    os._exit(128 + receiver.recv(1)[0])
-
-  # In a thread, since the main one sees no signal before TensorFlow returns to
-  # it. The handler itself has nothing left to do.
-  threading.Thread(target=wait, daemon=True).start()
-  sender.setblocking(False)
-  signal.set_wakeup_fd(sender.detach())
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: None)
-  return noted
+        'steps %d, %d and %d', step + 1, settings.train_steps,
+        settings.batch_size, *learning_rate_boundaries(settings.batch_size))
+  return facts | {f'--{name}': value for name, value in vars(settings).items()}
 
 
 def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
-  """Returns what spreads the training: over GPUs, or over machines.
-
-  The machines are those that the environment variable TF_CONFIG names.
-
-  Raises:
-    Cifar10Error: There are not so many GPUs, or TF_CONFIG cannot be read.
-  """
+  """Returns what shares training among GPUs or the machines of TF_CONFIG."""
   gpus = tf.config.list_physical_devices('GPU')
-  if num_gpus is None:
-    num_gpus = min(1, len(gpus))
-  if num_gpus > len(gpus):
+  if num_gpus is not None and num_gpus > len(gpus):
     raise Cifar10Error(f'--num_gpus={num_gpus} is more than the {len(gpus)} '
                        'that TensorFlow finds here: lower it, or leave it out')
-  if num_gpus >= 0:
-    gpus = gpus[:num_gpus]
+  if num_gpus != -1:
+    gpus = gpus[:1 if num_gpus is None else num_gpus]
   tf.config.set_visible_devices(gpus, 'GPU')
   try:
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
@@ -1128,7 +895,7 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
 
 
 def warn_of_idle_gpu() -> None:
-  """Logs how to use a GPU that is there but that TensorFlow cannot use."""
+  """Logs what to install if TensorFlow cannot use a GPU that is there."""
   if (tf.config.list_physical_devices('GPU')
       or not tf.test.is_built_with_cuda() or not shutil.which('nvidia-smi')
       or os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1')):
@@ -1141,87 +908,189 @@ def warn_of_idle_gpu() -> None:
         'missing or do not fit: pip install "tensorflow[and-cuda]" brings them')
 
 
-def log_filter(record: object) -> bool:
-  """Lets a line of the log take the place of the status.
+def is_chief() -> bool:
+  """Returns whether this machine is the first, which saves and prints."""
+  resolver = tf.distribute.get_strategy().cluster_resolver
+  return not resolver or resolver.task_id in (0, None)
 
-  Not a notice of TensorFlow's, as that of how long a save took.
+
+def total(value: np.ndarray | int) -> np.ndarray | int:
+  """Returns the sum of the machines' values; all machines have to call this."""
+  strategy = tf.distribute.get_strategy()
+  if strategy.num_replicas_in_sync == 1:
+    return value
+  value = tf.constant(value)
+  replicas_here = len(strategy.extended.worker_devices)
+  values = strategy.experimental_distribute_values_from_function(
+      lambda context: value if (
+          context.replica_id_in_sync_group % replicas_here == 0
+          ) else tf.zeros_like(value))
+  return strategy.reduce('SUM', values, axis=None).numpy()
+
+
+def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
+  """Returns a dataset of which each replica gets an equal share."""
+  strategy = tf.distribute.get_strategy()
+  replicas = strategy.num_replicas_in_sync
+  if batch_size % replicas:
+    raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
+                       f'{replicas} replicas that share it: make it one')
+  dataset = strategy.distribute_datasets_from_function(
+      lambda context: make_dataset(context=context))
+  # A strategy copies batches to its devices itself; the default one does not.
+  return prefetch_to_gpu(dataset) if replicas == 1 else dataset
+
+
+def define_flags() -> None:
+  """Defines the flags of this script."""
+  cifar10.define_data_dir()
+  flags.declare_key_flag('data_dir')  # for --help to list it here too
+  flags.DEFINE_string(
+      'model_dir', Settings.model_dir,
+      'Folder of checkpoints and TensorBoard events. With synthetic data the '
+      'default has _synthetic at the end.')
+  flags.DEFINE_integer(
+      'resnet_size', Settings.resnet_size,
+      "Depth of the network, 6n + 2. The default is the newest checkpoint's in "
+      'model_dir, and 32 in a new folder.')
+  flags.register_validator(
+      'resnet_size',
+      lambda size: size is None or resnet_model.is_resnet_size(size),
+      'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')
+  flags.DEFINE_integer('train_steps', Settings.train_steps,
+                       'Training steps (batches) in total.', 1)
+  flags.DEFINE_integer('steps_per_eval', Settings.steps_per_eval,
+                       'Training steps between evaluations.', 1)
+  flags.DEFINE_integer(
+      'batch_size', Settings.batch_size, 'Images per batch. The learning rate '
+      'scales with it.', 1, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
+  flags.DEFINE_integer(
+      'save_checkpoints_secs', Settings.save_checkpoints_secs,
+      'Seconds between checkpoints. Each cycle also ends with one.', 1)
+  flags.DEFINE_enum(
+      'data_format', Settings.data_format, list(resnet_model.LAYOUTS),
+      'Layout of the images in the network. The default is the faster one: '
+      'channels_first on a GPU, channels_last on a CPU.')
+  flags.DEFINE_enum('dtype', Settings.dtype, list(DTYPES),
+                    'Number type of the convolutions. All else is fp32.')
+  flags.DEFINE_enum('xla', Settings.xla, ['auto', 'on', 'off'],
+                    'Compile the training step with XLA. auto: on a GPU only.')
+  flags.DEFINE_integer(
+      'num_gpus', None, 'GPUs of this machine that share each batch. -1: all, '
+      '0: the CPU. The default is one, if there is one.', -1)
+  flags.DEFINE_integer(
+      'seed', Settings.seed,
+      'Seed of the initial values and the batches: repeats a run exactly. The '
+      'default is a random one, which is logged.', 0, 2**32 - 1)
+  flags.DEFINE_bool('use_synthetic_data', Settings.use_synthetic_data,
+                    'Train and evaluate on generated images: no data needed.')
+  flags.DEFINE_bool('eval_only', False, 'Only evaluate the newest checkpoint, '
+                    'and print the accuracy of each class.')
+  flags.DEFINE_string(
+      'export_dir', None, 'New folder for a SavedModel, written after training '
+      'or, with --eval_only, instead of training.')
+  for name in ('model_dir', 'export_dir'):
+    cifar10.register_path_validator(name)
+
+
+def settings_from(values: flags.FlagValues) -> Settings:
+  """Returns the settings that the flags give."""
+  given = {f.name: values[f.name].value for f in dataclasses.fields(Settings)}
+  given['model_dir'] = os.path.normpath(values.model_dir)
+  if values.use_synthetic_data and values['model_dir'].using_default_value:
+    # Real training must not go on from weights that learned generated images.
+    given['model_dir'] += '_synthetic'
+  return Settings(**given)
+
+
+def note_signals() -> list[int]:
+  """Returns a list to which the first SIGTERM or SIGINT will be added.
+
+  A second one ends the process at once.
   """
+  noted = []
+  receiver, sender = socket.socketpair()
+
+  def wait():
+    noted.extend(receiver.recv(1))
+    logging.warning('Stopping, to save first. A second signal ends at once')
+    os._exit(128 + receiver.recv(1)[0])
+
+  # In a thread, since Python handles no signal in the main one until TensorFlow
+  # returns. The handlers have nothing left to do.
+  threading.Thread(target=wait, daemon=True).start()
+  sender.setblocking(False)
+  signal.set_wakeup_fd(sender.detach())
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: None)
+  return noted
+
+
+def log_filter(record: python_logging.LogRecord) -> bool:
+  """Drops TensorFlow's notices; clears the status line for all other lines."""
   if record.levelname == 'INFO' and record.pathname != __file__:
     return False
   cifar10.show_status()
   return True
 
 
-def run(values: flags.FlagValues, strategy: tf.distribute.Strategy,
-        model_dir: str, interrupted: Callable[[], bool]) -> bool:
+def run(settings: Settings, values: flags.FlagValues,
+        strategy: tf.distribute.Strategy,
+        interrupted: Callable[[], bool]) -> bool:
   """Does what the flags ask for; returns False if it was interrupted."""
   with strategy.scope():
     chief = is_chief()
-  if values['verbosity'].using_default_value:
-    logging.set_verbosity(logging.INFO if chief else logging.WARNING)
-  export_dir = values.export_dir if chief else None
+  if not chief:
+    logging.warning('The first machine logs, saves and prints')
+    logging.set_verbosity(min(logging.get_verbosity(), logging.WARNING))
   if values.num_gpus != 0:
     warn_of_idle_gpu()
+  export_dir = values.export_dir if chief else None
   if export_dir and os.path.lexists(export_dir):
     raise Cifar10Error(f'--export_dir={export_dir} is there already: name a '
                        'new folder, or remove it')
   finished = True
   if not values.eval_only:
-    flag_values = {f'--{flag.name}': flag.value
-                   for flag in values.get_key_flags_for_module(
-                       values.find_module_defining_flag('model_dir'))}
-    with strategy.scope(), tempfile.TemporaryDirectory() as scratch:
-      if not chief:
-        logging.warning('The first machine logs, saves and prints')
-      finished = train_and_evaluate(
-          values.data_dir, model_dir if chief else scratch, values.resnet_size,
-          values.train_steps, values.steps_per_eval, values.batch_size,
-          values.save_checkpoints_secs, values.data_format, values.dtype,
-          values.xla, values.seed, values.use_synthetic_data, flag_values,
-          interrupted)
+    # Only training is shared: the rest would wait for the other machines.
+    with strategy.scope():
+      finished = train_and_evaluate(settings, interrupted)
       total(0)  # no machine leaves before all have written
   elif chief:
-    evaluate_only(
-        values.data_dir, model_dir, values.resnet_size, values.batch_size,
-        values.data_format, values.dtype, values.use_synthetic_data)
+    evaluate_only(settings)
   if finished and export_dir:
-    export(model_dir, export_dir, values.resnet_size, values.dtype)
+    export(settings, export_dir)
   return finished
 
 
 def main(argv: list[str]) -> int:
   values = flags.FLAGS
-  tf.get_logger().setLevel('ERROR')  # the rest is of no use to the user
-  logging.get_absl_handler().addFilter(log_filter)
+  tf.get_logger().setLevel('ERROR')  # the rest does not help the user
+  handler = logging.get_absl_handler()
+  handler.addFilter(log_filter)
+  # The original's prefix, which parsers of its log look for.
+  handler.setFormatter(
+      python_logging.Formatter('%(levelname)s:tensorflow:%(message)s'))
   if values.seed is not None:
     tf.config.experimental.enable_op_determinism()
-  model_dir = os.path.normpath(values.model_dir)
-  if values.use_synthetic_data and values['model_dir'].using_default_value:
-    # Real training must not go on from weights that learned made-up images.
-    model_dir += '_synthetic'
-  try:
-    if len(argv) > 1:
-      raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
-    strategy = make_strategy(values.num_gpus)
-    signals = note_signals()  # now, since a cluster handles SIGTERM otherwise
-    if run(values, strategy, model_dir, lambda: bool(signals)) and not signals:
-      return 0
-    return 128 + (signals or [signal.SIGTERM])[0]
-  except Cifar10Error as error:
-    message = str(error)
-  except OSError as error:
-    message = (f'Cannot write to {model_dir} ({error.strerror}): name another '
-               '--model_dir')
-  except tf.errors.ResourceExhaustedError:
-    message = 'The device has too little memory: try a smaller --batch_size'
-  except tf.errors.OpError as error:
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-      raise
-    message = (f'Another machine does not answer ({reason(error)}): start all '
-               'again, they go on from the last checkpoint')
-  finally:
-    cifar10.show_status()
-  return sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')
+  settings, strategy = settings_from(values), None
+  with cifar10.errors_in_one_line(
+      settings.model_dir, 'name another --model_dir'):
+    cifar10.refuse_arguments(argv)
+    try:
+      strategy = make_strategy(values.num_gpus)
+      signals = note_signals()  # after a cluster, which handles SIGTERM itself
+      if run(settings, values, strategy, lambda: bool(signals)) and not signals:
+        return 0
+      return 128 + (signals or [signal.SIGTERM])[0]
+    except tf.errors.ResourceExhaustedError:
+      raise Cifar10Error('The device has too little memory: try a smaller '
+                         '--batch_size') from None
+    except tf.errors.OpError as error:
+      if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise
+      raise Cifar10Error(
+          f'Another machine does not answer ({reason(error)}): start all '
+          'again, they go on from the last checkpoint') from None
 
 
 if __name__ == '__main__':

@@ -6,19 +6,26 @@ References:
   [2] The same authors: Identity Mappings in Deep Residual Networks.
       arXiv:1603.05027. Batch norm and ReLU come before each convolution.
 
-Variables bear the names that the graph of the 2017 script gave them, so that
-its checkpoints restore by name. Numbers in names count layers in order of
-creation: another order, and an old checkpoint restores into the wrong layers.
+Variables have the names that the graph of the 2017 script gave them, so that
+checkpoints can be exchanged with it. The numbers in the names count the layers
+in the order of their creation: if that order changed, an old checkpoint would
+be restored into the wrong layers.
 """
 
 import collections
+from collections.abc import Iterable
 
+import numpy as np
 import tensorflow as tf
 
 BATCH_NORM_DECAY = 0.997
 BATCH_NORM_EPSILON = 1e-5
 NUM_CHANNELS = 3  # red, green, blue
 BLOCK_LAYERS = ((16, 1), (32, 2), (64, 2))  # filters, strides; [1]
+# What reading a damaged checkpoint raises.
+READ_ERRORS = (tf.errors.OpError, RuntimeError, LookupError, ValueError)
+# TensorFlow's names of the data formats.
+LAYOUTS = {'channels_first': 'NCHW', 'channels_last': 'NHWC'}
 
 
 class BatchNormRelu(tf.Module):
@@ -26,11 +33,12 @@ class BatchNormRelu(tf.Module):
 
   def __init__(self, channels: int, data_format: str, name: str):
     super().__init__()
-    self._data_format = data_format
+    self._layout = LAYOUTS[data_format]
     zeros, ones = tf.zeros([channels]), tf.ones([channels])
     self.gamma = tf.Variable(ones, name=f'{name}/gamma')
     self.beta = tf.Variable(zeros, name=f'{name}/beta')
-    # On several devices, each updates its own; all are one again after a step.
+    # On several devices each updates a copy of its own; the training step then
+    # makes all copies equal again.
     local = {'trainable': False,
              'synchronization': tf.VariableSynchronization.ON_READ,
              'aggregation': tf.VariableAggregation.ONLY_FIRST_REPLICA}
@@ -39,14 +47,14 @@ class BatchNormRelu(tf.Module):
         ones, name=f'{name}/moving_variance', **local)
 
   def __call__(self, inputs: tf.Tensor, training: bool) -> tf.Tensor:
-    # For training, the operation wants empty moments and returns the batch's.
-    # Their variance is Bessel-corrected, and so the moving one becomes. Keras 3
-    # leaves out the correction: evaluation would give other numbers.
+    # In training the operation takes empty moments and returns the batch's. It
+    # applies Bessel's correction to that variance, so the moving variance has
+    # it too. Keras 3's layer does not: its evaluations give other numbers.
     outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=inputs, scale=self.gamma, offset=self.beta,
         mean=[] if training else self.moving_mean,
         variance=[] if training else self.moving_variance,
-        epsilon=BATCH_NORM_EPSILON, data_format=self._data_format,
+        epsilon=BATCH_NORM_EPSILON, data_format=self._layout,
         is_training=training)
     if training:
       for moving, batch in ((self.moving_mean, mean),
@@ -56,14 +64,14 @@ class BatchNormRelu(tf.Module):
 
 
 class Conv2dFixedPadding(tf.Module):
-  """Convolution without bias, padded by its kernel's size alone."""
+  """Convolution without bias; the padding depends only on the kernel size."""
 
   def __init__(self, in_channels: int, filters: int, kernel_size: int,
                strides: int, data_format: str, name: str):
     super().__init__()
     self._strides = strides
     self._data_format = data_format
-    # Corrects for the truncation, which TensorFlow did not before mid-2018.
+    # Corrects for the truncation, as TensorFlow has done since mid-2018.
     initializer = tf.keras.initializers.VarianceScaling(
         scale=1.0, mode='fan_in', distribution='truncated_normal')
     self.kernel = tf.Variable(
@@ -71,29 +79,29 @@ class Conv2dFixedPadding(tf.Module):
         name=f'{name}/kernel')
 
   def __call__(self, inputs: tf.Tensor) -> tf.Tensor:
-    if self._strides > 1:  # where SAME would depend on the input's size
+    padding = 'SAME'
+    if self._strides > 1:  # SAME would depend on the input's size here
       inputs = fixed_padding(inputs, self.kernel.shape[0], self._data_format)
+      padding = 'VALID'
     return tf.nn.conv2d(inputs, tf.cast(self.kernel, inputs.dtype),
-                        self._strides,
-                        'VALID' if self._strides > 1 else 'SAME',
-                        self._data_format)
+                        self._strides, padding, LAYOUTS[self._data_format])
 
 
 class LayerFactory:
   """Makes layers, named as TensorFlow 1 did: conv2d, conv2d_1, conv2d_2, ..."""
 
   def __init__(self, data_format: str):
-    self._layout = 'NCHW' if data_format == 'channels_first' else 'NHWC'
+    self._data_format = data_format
     self._counts = collections.Counter()
 
   def batch_norm_relu(self, channels: int) -> BatchNormRelu:
     return BatchNormRelu(
-        channels, self._layout, self._next_name('batch_normalization'))
+        channels, self._data_format, self._next_name('batch_normalization'))
 
   def conv2d(self, in_channels: int, filters: int, kernel_size: int,
              strides: int) -> Conv2dFixedPadding:
     return Conv2dFixedPadding(in_channels, filters, kernel_size, strides,
-                              self._layout, self._next_name('conv2d'))
+                              self._data_format, self._next_name('conv2d'))
 
   def _next_name(self, name):
     count = self._counts[name]
@@ -104,8 +112,9 @@ class LayerFactory:
 class BuildingBlock(tf.Module):
   """Two 3x3 convolutions and a shortcut around them [2].
 
-  The first block of each layer projects its shortcut. In block_layer1 nothing
-  would require that, but the original does it and its checkpoints hold it.
+  The first block of each block layer projects its shortcut. block_layer1 does
+  not need that, but the original does it there too, and its checkpoints hold
+  the kernel.
   """
 
   def __init__(self, make: LayerFactory, in_channels: int, filters: int,
@@ -122,7 +131,7 @@ class BuildingBlock(tf.Module):
     shortcut = inputs
     inputs = self.batch_norm_relu1(inputs, training)
     if self.projection is not None:
-      shortcut = self.projection(inputs)  # of the normalized inputs
+      shortcut = self.projection(inputs)  # after batch norm and ReLU
     inputs = self.conv1(inputs)
     inputs = self.batch_norm_relu2(inputs, training)
     return self.conv2(inputs) + shortcut
@@ -131,9 +140,10 @@ class BuildingBlock(tf.Module):
 class Cifar10ResnetV2(tf.Module):
   """The network of cifar10_resnet_v2_generator."""
 
-  def __init__(self, num_blocks: int, num_classes: int, data_format: str,
+  def __init__(self, resnet_size: int, num_classes: int, data_format: str,
                dtype: tf.DType):
     super().__init__()
+    self.resnet_size = resnet_size
     self.data_format = data_format
     self.dtype = dtype
     make = LayerFactory(data_format)
@@ -144,7 +154,7 @@ class Cifar10ResnetV2(tf.Module):
       self.blocks += [
           BuildingBlock(make, channels, filters, strides, project=True),
           *(BuildingBlock(make, filters, filters, 1, project=False)
-            for _ in range(num_blocks - 1))]
+            for _ in range((resnet_size - 2) // 6 - 1))]
       channels = filters
     self.final_batch_norm_relu = make.batch_norm_relu(channels)
     self.kernel = tf.Variable(
@@ -152,13 +162,18 @@ class Cifar10ResnetV2(tf.Module):
         name='dense/kernel')
     self.bias = tf.Variable(tf.zeros([num_classes]), name='dense/bias')
 
+  def __repr__(self):
+    parameters = sum(v.shape.num_elements() for v in self.trainable_variables)
+    return (f'ResNet-{self.resnet_size}, {parameters:,} parameters, '
+            f'{self.data_format}, {self.dtype.name}')
+
   def __call__(self, inputs: tf.Tensor, training: bool) -> tf.Tensor:
     """Returns logits, float32 [N, num_classes].
 
     Args:
       inputs: Standardized images, float32 [N, 32, 32, 3] in any data format.
-      training: True normalizes by the moments of the batch and updates the
-        moving averages; False normalizes by the moving averages.
+      training: If True, batch norm uses the moments of the batch and updates
+        the moving averages; if False, it uses the moving averages.
     """
     inputs = tf.cast(inputs, self.dtype)
     channels_first = self.data_format == 'channels_first'
@@ -170,22 +185,70 @@ class Cifar10ResnetV2(tf.Module):
     inputs = self.final_batch_norm_relu(inputs, training)
     inputs = tf.cast(inputs, tf.float32)
     inputs = tf.reduce_mean(inputs, [2, 3] if channels_first else [1, 2])
-    return tf.matmul(inputs, self.kernel) + self.bias  # of [N, 64]
+    return tf.matmul(inputs, self.kernel) + self.bias  # [N, 64] to [N, 10]
 
 
 def fixed_padding(inputs: tf.Tensor, kernel_size: int,
                   data_format: str) -> tf.Tensor:
-  """Pads height and width with kernel_size - 1 zeros in all, half before."""
+  """Pads height and width by kernel_size - 1 zeros in total, half before.
+
+  Args:
+    inputs: Images, [N, C, H, W] or [N, H, W, C].
+    kernel_size: Height and width of the kernel that follows.
+    data_format: 'channels_first' or 'channels_last'.
+  """
   before = (kernel_size - 1) // 2
   paddings = [[before, kernel_size - 1 - before]] * 2
-  if data_format == 'NCHW':
+  if data_format == 'channels_first':
     return tf.pad(inputs, [[0, 0], [0, 0], *paddings])
   return tf.pad(inputs, [[0, 0], *paddings, [0, 0]])
 
 
 def is_resnet_size(size: int) -> bool:
-  """Tells whether a depth is 6n + 2 with n > 0."""
+  """Returns whether a depth is 6n + 2 with n > 0."""
   return size >= 8 and size % 6 == 2
+
+
+def tf1_name(variable: tf.Variable) -> str:
+  """Returns the name that the variable has in a checkpoint."""
+  return variable.name.removesuffix(':0')
+
+
+def size_in_checkpoint(names: Iterable[str]) -> int | None:
+  """Returns the depth of the network with these variables, or None."""
+  # One convolution for each layer but the last, and three projections.
+  kernels = [n for n in names if 'conv2d' in n and n.endswith('/kernel')]
+  size = len(kernels) - 2
+  return size if is_resnet_size(size) else None
+
+
+def checkpoint_keys(path: str) -> dict[str, str]:
+  """Returns the keys of a checkpoint's tensors by the variables' names."""
+  # Earlier versions of the port added an ending to the names, and wrote .S for
+  # a slash.
+  return {key.partition('/.ATTRIBUTES/')[0].replace('.S', '/'): key for key in
+          tf.train.load_checkpoint(path).get_variable_to_shape_map()}
+
+
+def read_checkpoint(path: str) -> dict[str, np.ndarray]:
+  """Returns all values of a checkpoint by name, whose checksums this verifies.
+
+  Raises:
+    One of READ_ERRORS: It is damaged.
+  """
+  reader = tf.train.load_checkpoint(path)
+  return {name: reader.get_tensor(key)
+          for name, key in checkpoint_keys(path).items()}
+
+
+def has_convolutions(data_format: str | None, dtype: tf.DType) -> bool:
+  """Returns whether the device can run convolutions of this kind."""
+  one = tf.ones([1, 1, 1, 1], dtype)
+  try:
+    tf.nn.conv2d(one, one, 1, 'SAME', LAYOUTS[data_format or 'channels_last'])
+  except tf.errors.OpError:
+    return False
+  return True
 
 
 def cifar10_resnet_v2_generator(
@@ -197,27 +260,27 @@ def cifar10_resnet_v2_generator(
   Args:
     resnet_size: Depth, 6n + 2: 8, 14, 20, ...
     num_classes: Number of logits.
-    data_format: 'channels_first', 'channels_last', or None for the faster one:
-      'channels_first' on a GPU, 'channels_last' on a CPU.
-    dtype: Of the convolutions, float32, bfloat16 or float16. Variables, batch
-      norm's statistics, the mean over the image and the logits stay float32.
+    data_format: 'channels_first', 'channels_last', or None for the faster of
+      the two: 'channels_first' on a GPU, 'channels_last' on a CPU.
+    dtype: Number type of the convolutions: float32, bfloat16 or float16. The
+      variables, batch norm's statistics, the mean over the image and the logits
+      are always float32.
 
   Returns:
     The network: `network(inputs, training) -> logits`.
 
   Raises:
-    ValueError: `resnet_size` or `data_format` is none of the above.
+    ValueError: `resnet_size` or `data_format` is not one of these.
   """
   if not is_resnet_size(resnet_size):
     raise ValueError(
         f'resnet_size must be 6n + 2 (8, 14, 20, ...), not {resnet_size}')
   if data_format is None:
-    # The original asked whether TensorFlow was built with CUDA. It always is
-    # today, and a CPU takes over twice as long for channels_first.
+    # The original asked whether TensorFlow was built with CUDA. Today's always
+    # is, and on a CPU channels_first takes more than twice as long.
     data_format = ('channels_first' if tf.config.list_logical_devices('GPU')
                    else 'channels_last')
-  if data_format not in ('channels_first', 'channels_last'):
+  if data_format not in LAYOUTS:
     raise ValueError("data_format must be 'channels_first' or 'channels_last', "
                      f'not {data_format!r}')
-  return Cifar10ResnetV2(
-      (resnet_size - 2) // 6, num_classes, data_format, dtype)
+  return Cifar10ResnetV2(resnet_size, num_classes, data_format, dtype)

@@ -49,7 +49,7 @@ def write_records(data_dir: str, num_records: int = 10000) -> None:
   """Writes made-up records into files named, and sized, as CIFAR-10's."""
   folder = os.path.join(data_dir, cifar10.FOLDER_NAME)
   os.makedirs(folder)
-  records = np.tile(cifar10_main.synthetic_records('train'), (2, 1))
+  records = np.tile(cifar10.synthetic_records('train'), (2, 1))
   for name in (*cifar10.TRAIN_FILES, cifar10.TEST_FILE):
     records[:num_records].tofile(os.path.join(folder, name))
 
@@ -135,7 +135,7 @@ class Benchmark:
     self._step = cifar10_main.make_train_step(state, self._batch, self._xla)
     self._evaluation_step = cifar10_main.make_eval_step(network)
     self._eval_step = tf.function(functools.partial(
-        cifar10_main.model_fn, mode='eval', network=network))
+        cifar10_main.cifar10_model_fn, mode='eval', network=network))
     self._one_batch = next(iter(self._train_data))
     self._keras_network = self._compiled_keras_network()
 
@@ -147,12 +147,20 @@ class Benchmark:
     network = keras_network(self._size)
     network.compile(
         keras.optimizers.SGD(
-            cifar10_main.learning_rate_schedule(self._batch),
+            keras.optimizers.schedules.PiecewiseConstantDecay(
+                cifar10_main.learning_rate_boundaries(self._batch),
+                [cifar10_main.INITIAL_LEARNING_RATE * self._batch / 128 * decay
+                 for decay in cifar10_main.LEARNING_RATE_DECAYS]),
             cifar10_main.MOMENTUM),
         keras.losses.CategoricalCrossentropy(from_logits=True),
         metrics=['accuracy'],
         jit_compile=self._xla)
     return network
+
+  def _settings(self, **changes) -> cifar10_main.Settings:
+    return cifar10_main.Settings(
+        resnet_size=self._size, batch_size=self._batch, dtype=self._dtype,
+        xla=self._xla_flag, **changes)
 
   def measures(self) -> list[Callable[[], dict[str, float]]]:
     """Returns the functions that measure one or more rows each."""
@@ -197,22 +205,28 @@ class Benchmark:
     writer = tf.summary.create_file_writer(self._folder)
     hooks = [cifar10_main.log_values,
              functools.partial(cifar10_main.write_summaries, writer)]
-    iterator = iter(self._train_data)
 
     def seconds_for(num_steps):
-      started = time.perf_counter()
-      step = self._state.global_step.numpy().item()
-      for at, _, values in cifar10_main.train(
-          self._inner_loop, iterator, self._state, step, step + num_steps,
-          self._batch):
-        for hook in hooks if values else ():
-          hook(at, values)
-      return time.perf_counter() - started
+      """From the end of the first step to that of the last."""
+      started = []
 
-    seconds_for(1)
+      def inner_loop(*args):
+        values = self._inner_loop(*args)
+        if not started:
+          values['loss'].numpy()  # waits, on a GPU
+          started.append(time.perf_counter())
+        return values
+
+      self._state.global_step.assign(0)
+      with mock.patch.object(
+          cifar10_main, 'make_inner_loop', return_value=inner_loop):
+        cifar10_main.run_cycles(
+            self._settings(train_steps=num_steps + 1), self._state,
+            self._train_data, lambda: False, hooks=hooks)
+      return time.perf_counter() - started[0]
+
     steps = max(2, round(self._seconds / seconds_for(1)))
-    seconds = seconds_for(steps)
-    return {'training loop': steps * self._batch / seconds}
+    return {'training loop': steps * self._batch / seconds_for(steps)}
 
   def keras_fit(self) -> dict[str, float]:
     """`fit` on the same input, from the end of its second step on."""
@@ -239,7 +253,8 @@ class Benchmark:
     """All 10,000 images, from the call of evaluate to its results."""
     started = time.perf_counter()
     cifar10_main.evaluate(self._evaluation_step, self._eval_data, 'none', 0)
-    return {'evaluation': 10000 / (time.perf_counter() - started)}
+    num_images = cifar10_main.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL
+    return {'evaluation': num_images / (time.perf_counter() - started)}
 
   def cycle_changes(self) -> dict[str, float]:
     """Two short cycles of a new run that evaluates a single batch.
@@ -266,9 +281,9 @@ class Benchmark:
         make_inner_loop=timed('train', cifar10_main.make_inner_loop),
         make_eval_step=timed('evaluate', cifar10_main.make_eval_step)):
       write_records(folder, self._batch)
-      cifar10_main.train_and_evaluate(
-          folder, os.path.join(folder, 'model'), self._size, 6, 3, self._batch,
-          dtype=self._dtype, xla=self._xla_flag)
+      cifar10_main.train_and_evaluate(self._settings(
+          data_dir=folder, model_dir=os.path.join(folder, 'model'),
+          train_steps=6, steps_per_eval=3))
     changes = {'train': [], 'evaluate': []}
     for (before, start), (what, end) in itertools.pairwise(ends):
       if what != before:

@@ -21,12 +21,19 @@ import tensorflow as tf
 import cifar10_download_and_extract as cifar10
 import cifar10_main
 import resnet_model
-from tests.cifar10_main_test import (
+from resnet_model import tf1_name
+from tests.helpers import (
+    ROOT,
     difference,
+    each,
+    make_state,
     place_originals_checkpoint,
-    write_data,
+    read_until,
+    restore,
+    run,
+    tensors,
+    write_random_data,
 )
-from tests.faults_test import each, tensors
 
 BATCH = 24
 
@@ -48,7 +55,7 @@ def test_inputs_share_each_batch(mirrored):
                 machines, machine, machines * replicas)))
         for machine in range(machines)]
     for whole in itertools.islice(expected, 5):
-      parts = [next(machine) for machine in inputs for _ in range(replicas)]
+      parts = [next(machine) for _ in range(replicas) for machine in inputs]
       for part, value in zip(zip(*parts), whole):
         np.testing.assert_array_equal(np.concatenate(part), value)
 
@@ -56,9 +63,9 @@ def test_inputs_share_each_batch(mirrored):
 def train(strategy, num_steps, xla=False, seed=1):
   """Trains from the same values on the same batches; returns what comes out."""
   with strategy.scope():
-    state = cifar10_main.make_state(8, None, 'fp32', seed)
+    state = make_state(seed=seed)
     inputs = cifar10_main.distributed_input(BATCH, functools.partial(
-        cifar10_main.input_fn, 'train', None, BATCH, True, seed))
+        cifar10_main.input_fn, 'train', None, BATCH, True, seed=seed))
     inner_loop = cifar10_main.make_inner_loop(state, BATCH, xla)
     values = inner_loop(iter(inputs), tf.constant(num_steps))
   return state, {name: value.numpy() for name, value in values.items()}
@@ -67,7 +74,7 @@ def train(strategy, num_steps, xla=False, seed=1):
 def assert_alike(ours, theirs, tolerance):
   """Compares by the L2 norm all variables of two states, step included."""
   for variable, other in zip(ours.variables, theirs.variables):
-    assert cifar10_main.tf1_name(variable) == cifar10_main.tf1_name(other)
+    assert tf1_name(variable) == tf1_name(other)
     ours, theirs = variable.numpy(), other.numpy()
     if np.any(theirs):
       assert difference(ours, theirs) <= tolerance, other.name
@@ -100,29 +107,35 @@ def test_gradients_are_those_of_the_whole_batch(mirrored, monkeypatch):
 
 def train_halves(num_steps, seed=1):
   """Trains on one device so that each half of a batch is normalized alone."""
-  state = cifar10_main.make_state(8, None, 'fp32', seed)
+  state = make_state(seed=seed)
   network = state.network
   variables = network.trainable_variables
   moving = [v for v in network.variables if not v.trainable]
-  schedule = cifar10_main.learning_rate_schedule(BATCH)
-  dataset = cifar10_main.input_fn('train', None, BATCH, True, seed)
+  dataset = cifar10_main.input_fn('train', None, BATCH, True, seed=seed)
+
+  @tf.function
+  def compute(features, labels):
+    with tf.GradientTape() as tape:
+      loss = cifar10_main.cifar10_model_fn(
+          features, labels, 'train', network)['loss']
+    return loss, tape.gradient(loss, variables)
+
   for step, (features, labels) in enumerate(dataset.take(num_steps)):
     before = [v.numpy() for v in moving]
     losses, averages, gradients = [], [], []
     for half in (slice(0, BATCH // 2), slice(BATCH // 2, BATCH)):
       for variable, value in zip(moving, before):
         variable.assign(value)
-      with tf.GradientTape() as tape:
-        loss = cifar10_main.model_fn(
-            features[half], labels[half], 'train', network)['loss']
+      loss, gradient = compute(features[half], labels[half])
       losses.append(loss.numpy())
-      gradients.append([g.numpy() for g in tape.gradient(loss, variables)])
+      gradients.append([g.numpy() for g in gradient])
       averages.append([v.numpy() for v in moving])
     for variable, *values in zip(moving, *averages):
       variable.assign(np.mean(values, axis=0))
     for variable, accum, *values in zip(variables, state.momentum, *gradients):
       accum.assign(0.9 * accum + np.mean(values, axis=0))
-      variable.assign_sub(schedule(step) * accum)
+      variable.assign_sub(
+          cifar10_main.learning_rate(tf.constant(step), BATCH) * accum)
     state.global_step.assign_add(1)
   return state, np.mean(losses)
 
@@ -146,93 +159,95 @@ def test_replicas_with_xla(mirrored):
   assert_in_sync(mirrored, state)
 
 
-def run(strategy, model_dir, train_steps):
-  with strategy.scope():
-    cifar10_main.train_and_evaluate(
-        None, str(model_dir), 8, train_steps, 4, BATCH,
-        use_synthetic_data=True, seed=1)
-  return tensors(model_dir / f'model.ckpt-{train_steps}')
+def test_checkpoints_go_from_devices_to_devices(
+    mirrored, data_dir, tmp_path, capsys):
 
+  def train_to(step, folder):
+    with mirrored.scope():
+      run(data_dir, tmp_path / folder, train_steps=step, batch_size=BATCH,
+          seed=1)
+    return tensors(tmp_path / folder / f'model.ckpt-{step}')
 
-def test_checkpoints_go_from_devices_to_devices(mirrored, tmp_path, capsys):
-  one = tf.distribute.get_strategy()
-  whole = run(mirrored, tmp_path / 'whole', 5)
-  run(mirrored, tmp_path / 'parts', 3)
+  whole = train_to(5, 'whole')
+  train_to(3, 'parts')
   shutil.copytree(tmp_path / 'parts', tmp_path / 'to_one')
-  np.testing.assert_equal(run(mirrored, tmp_path / 'parts', 5), whole)
-  # On one device, batch norm sees the whole batch: other numbers, of the same
-  # variables.
-  assert run(one, tmp_path / 'to_one', 5).keys() == whole.keys()
+  np.testing.assert_equal(train_to(5, 'parts'), whole)
+  state = make_state()  # on one device
+  expected = tensors(restore(tmp_path / 'to_one', state))
+  for variable in state.variables:
+    np.testing.assert_array_equal(
+        variable.numpy(), expected[tf1_name(variable)])
 
 
 def test_checkpoint_of_2017_on_devices(mirrored, tmp_path, capsys):
   model_dir = tmp_path / 'model'
   place_originals_checkpoint(model_dir)
   with mirrored.scope():
-    state = cifar10_main.make_state(8, None, 'fp32', seed=1)
-    checkpoints = cifar10_main.Checkpoints(str(model_dir), state)
-    checkpoints.restore_newest()
-  expected = tf.train.load_checkpoint(checkpoints.newest)
+    state = make_state()
+    expected = tensors(restore(model_dir, state))
   for variable in state.network.variables + tuple(state.momentum):
     for copy in mirrored.experimental_local_results(variable):
-      np.testing.assert_array_equal(copy.numpy(), expected.get_tensor(
-          cifar10_main.tf1_name(variable)))
+      np.testing.assert_array_equal(copy.numpy(), expected[tf1_name(variable)])
 
 
 def test_batch_that_cannot_be_shared(mirrored, tmp_path):
   with mirrored.scope(), pytest.raises(
       cifar10.Cifar10Error, match='--batch_size=25 is no multiple of the 2'):
-    cifar10_main.train_and_evaluate(
-        None, str(tmp_path), 8, 1, 1, 25, use_synthetic_data=True)
+    run(None, tmp_path / 'model', batch_size=25, use_synthetic_data=True)
+  assert not (tmp_path / 'model').exists()
 
 
 # ---------------------------------------------------------------- machines
 
 
-STEPS = 50
-
-
 def free_ports(count):
+  """Returns free ports below those that the system gives to other processes."""
+  ports = []
+  candidates = itertools.count(10000 + os.getpid() % 10000)
+  while len(ports) < count:
+    with contextlib.suppress(OSError), socket.socket() as one:
+      one.bind(('127.0.0.1', next(candidates)))
+      ports.append(one.getsockname()[1])
+  return ports
+
+
+@contextlib.contextmanager
+def machines(count, tmp_path, *arguments, steps):
+  """Runs a process for each machine; each writes its variables at the end."""
+  code = (
+      'import sys, cifar10_main as script, numpy as np\n'
+      'open_model = script.open_model\n'
+      'def open_and_keep(settings):\n'
+      '  global state\n'
+      '  state, checkpoints = open_model(settings)\n'
+      '  return state, checkpoints\n'
+      'train = script.train_and_evaluate\n'
+      'def train_and_dump(*args):\n'
+      '  finished = train(*args)\n'
+      '  np.savez(sys.argv[-1],\n'
+      '           **{v.name: v.numpy() for v in state.variables})\n'
+      '  return finished\n'
+      'script.open_model = open_and_keep\n'
+      'script.train_and_evaluate = train_and_dump\n'
+      'script.define_flags()\n'
+      'script.app.run(lambda argv: script.main(argv[:-1]))')
+  ports = free_ports(count)
   with contextlib.ExitStack() as stack:
-    sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-    for each in sockets:
-      each.bind(('127.0.0.1', 0))
-    return [each.getsockname()[1] for each in sockets]
-
-
-def start_machines(count, tmp_path, *arguments, steps=STEPS):
-  """Starts a process for each machine; each writes its variables at the end."""
-  workers = [f'127.0.0.1:{port}' for port in free_ports(count)]
-  processes = []
-  for i in range(count):
-    config = {'cluster': {'worker': workers},
-              'task': {'type': 'worker', 'index': i}}
-    code = (
-        'import cifar10_main as script, numpy as np\n'
-        'make_state = script.make_state\n'
-        'def make_and_keep(*args):\n'
-        '  global state\n'
-        '  state = make_state(*args)\n'
-        '  return state\n'
-        'train = script.train_and_evaluate\n'
-        'def train_and_dump(*args):\n'
-        '  finished = train(*args)\n'
-        f'  np.savez("{tmp_path}/machine{i}.npz",\n'
-        '           **{v.name: v.numpy() for v in state.variables})\n'
-        '  return finished\n'
-        'script.make_state = make_and_keep\n'
-        'script.train_and_evaluate = train_and_dump\n'
-        'script.define_flags()\n'
-        'script.app.run(script.main)')
-    processes.append(subprocess.Popen(
-        [sys.executable, '-c', code, f'--data_dir={tmp_path}/data',
-         f'--model_dir={tmp_path}/model{i}', '--resnet_size=8',
-         f'--batch_size={BATCH}', f'--train_steps={steps}',
-         '--steps_per_eval=40', '--save_checkpoints_secs=1', *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=os.path.dirname(cifar10_main.__file__),
-        env={**os.environ, 'TF_CONFIG': json.dumps(config)}))
-  return processes
+    processes = []
+    for i in range(count):
+      config = {'cluster': {'worker': [f'127.0.0.1:{port}' for port in ports]},
+                'task': {'type': 'worker', 'index': i}}
+      processes.append(subprocess.Popen(
+          [sys.executable, '-c', code, f'--data_dir={tmp_path}/data',
+           f'--model_dir={tmp_path}/model{i}', '--resnet_size=8',
+           f'--batch_size={BATCH}', f'--train_steps={steps}',
+           '--steps_per_eval=40', '--save_checkpoints_secs=1', *arguments,
+           f'{tmp_path}/machine{i}.npz'],
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+          env={**os.environ, 'TF_CONFIG': json.dumps(config)}))
+      stack.callback(processes[-1].communicate)
+      stack.callback(processes[-1].kill)
+    yield processes
 
 
 def communicate(processes, timeout=60):
@@ -247,86 +262,78 @@ def communicate(processes, timeout=60):
 
 @pytest.fixture
 def data(tmp_path):
-  rng = np.random.default_rng(0)
-  records = rng.integers(0, 256, [597, cifar10.RECORD_BYTES], np.uint8)
-  records[:, 0] %= 10
-  write_data(tmp_path / 'data' / cifar10.FOLDER_NAME,
-             records[:500], records[500:])
+  write_random_data(tmp_path / 'data', 500, 97)
 
 
-@pytest.mark.parametrize('count', each([2, 3], quick=1))
-def test_machines(tmp_path, data, count):
-  """They go on from a checkpoint that only the first one has."""
-  state = cifar10_main.make_state(8, None, 'fp32', seed=0)
-  state.global_step.assign(30)
-  cifar10_main.Checkpoints(str(tmp_path / 'model0'), state).save()
-  processes = start_machines(count, tmp_path)
-  outputs = communicate(processes)
-  assert [process.returncode for process in processes] == [0] * count, outputs
-  printed = outputs[0][0].splitlines()
-  assert [ast.literal_eval(line)['global_step'] for line in printed
-          ] == [40, STEPS]
-  assert 'Restoring parameters from' in outputs[0][1]
-  assert f'Training steps 31 to {STEPS}' in outputs[0][1]
-  for output, _ in outputs[1:]:
-    assert not output
-  assert tf.train.latest_checkpoint(tmp_path / 'model0').endswith(f'-{STEPS}')
-  for i in range(1, count):
-    assert not (tmp_path / f'model{i}').exists()
-
-  first, *others = [np.load(tmp_path / f'machine{i}.npz')
-                    for i in range(count)]
-  assert first['global_step:0'] == STEPS
+def assert_machines_agree(tmp_path, count, step):
+  first, *others = [np.load(tmp_path / f'machine{i}.npz') for i in range(count)]
+  assert first['global_step:0'] == step
   for other in others:
     for name in first:
       np.testing.assert_array_equal(other[name], first[name], name)
 
+
+@pytest.mark.parametrize(('count', 'victim'), each(
+    [[2, 0], [2, 1], [3, 1]], quick=1))
+def test_machine_that_dies(tmp_path, data, count, victim):
+  """The others end. Started again, they go on from the first one's folder."""
+  with machines(count, tmp_path, steps=100000) as processes:
+    read_until(processes[0], 'step = 41')  # the first of a cycle of 40
+    processes[victim].kill()
+    killed_at = time.monotonic()
+    outputs = communicate(processes)
+  print(f'The others ended after {time.monotonic() - killed_at:.1f} s')
+  for i, process in enumerate(processes):
+    if i != victim:
+      assert process.returncode == 1
+      last = outputs[i][1].splitlines()[-1]
+      assert 'Another machine does not answer' in last
+
+  state = make_state()
+  step = restored_step(tmp_path / 'model0', state)
+  assert step >= 40
+  last_step = step + 60
+  with machines(count, tmp_path, steps=last_step) as processes:
+    outputs = communicate(processes)
+  assert [process.returncode for process in processes] == [0] * count, outputs
+  printed = outputs[0][0].splitlines()
+  results = ast.literal_eval(printed[-1])
+  assert results['global_step'] == last_step
+  assert 'Restoring parameters from' in outputs[0][1]
+  assert f'Training steps {step + 1} to {last_step}' in outputs[0][1]
+  for output, log in outputs[1:]:
+    assert not output
+    ours = [line for line in log.splitlines() if ':tensorflow:' in line]
+    assert ours == [
+        'WARNING:tensorflow:The first machine logs, saves and prints']
+  for i in range(1, count):
+    assert not (tmp_path / f'model{i}').exists()
+  assert_machines_agree(tmp_path, count, last_step)
+
   # One machine finds the same in the checkpoint, with all 97 images.
-  checkpoints = cifar10_main.Checkpoints(str(tmp_path / 'model0'), state)
-  checkpoints.restore_newest()
+  assert restored_step(tmp_path / 'model0', state) == last_step
   inputs = cifar10_main.input_fn('eval', str(tmp_path / 'data'), BATCH)
-  results, _ = cifar10_main.evaluate(
-      cifar10_main.make_eval_step(state.network), inputs, 'path', STEPS)
-  last = ast.literal_eval(printed[-1])
-  assert last['accuracy'] == results['accuracy']
-  np.testing.assert_allclose(last['loss'], results['loss'], rtol=1e-6)
+  expected, _ = cifar10_main.evaluate(
+      cifar10_main.make_eval_step(state.network), inputs, 'path', last_step)
+  assert results['accuracy'] == expected['accuracy']
+  np.testing.assert_allclose(results['loss'], expected['loss'], rtol=1e-6)
 
 
-def wait_for_step(process, step):
-  """Reads the log of the first machine up to a step."""
-  for line in process.stderr:
-    if line.endswith(f'step = {step}\n') or f'step = {step} ' in line:
-      return
-  raise AssertionError('it has ended')
-
-
-@pytest.mark.parametrize('victim', each([1, 0], quick=1))
-def test_machine_that_dies(tmp_path, data, victim):
-  processes = start_machines(2, tmp_path, steps=100000)
-  wait_for_step(processes[0], 81)
-  processes[victim].kill()
-  killed_at = time.monotonic()
-  survivor = processes[1 - victim]
-  _, log = survivor.communicate(timeout=60)
-  print(f'The other one ended after {time.monotonic() - killed_at:.1f} s')
-  processes[victim].communicate()
-  assert survivor.returncode == 1
-  assert 'Another machine does not answer' in log.splitlines()[-1]
-
-  state = cifar10_main.make_state(8, None, 'fp32', seed=0)
-  cifar10_main.Checkpoints(str(tmp_path / 'model0'), state).restore_newest()
-  assert state.global_step >= 80
+def restored_step(model_dir, state):
+  restore(model_dir, state)
+  return state.global_step.numpy().item()
 
 
 @pytest.mark.parametrize('told', each([1, 0], quick=1))
 def test_machine_that_is_told_to_stop(tmp_path, data, told):
-  processes = start_machines(2, tmp_path, steps=100000)
-  wait_for_step(processes[0], 41)  # the first of a cycle of 40
-  processes[told].terminate()
-  outputs = communicate(processes)
+  with machines(2, tmp_path, steps=100000) as processes:
+    read_until(processes[0], 'step = 41')  # the first of a cycle of 40
+    processes[told].terminate()
+    outputs = communicate(processes)
   assert [process.returncode for process in processes] == [143, 143], outputs
   step = int(re.search(r'Stopped after step (\d+)', outputs[0][1])[1])
   assert tf.train.latest_checkpoint(tmp_path / 'model0').endswith(f'-{step}')
+  assert_machines_agree(tmp_path, 2, step)
 
 
 @pytest.mark.parametrize('config', [

@@ -33,7 +33,7 @@ def test_names_and_shapes_are_the_originals():
   with np.load(GOLDEN) as golden:
     expected = {name.removeprefix('init/'): golden[name].shape
                 for name in golden.files if name.startswith('init/')}
-  actual = {v.name.removesuffix(':0'): tuple(v.shape)
+  actual = {resnet_model.tf1_name(v): tuple(v.shape)
             for v in generate().variables}
   assert actual == expected
 
@@ -81,10 +81,32 @@ def test_both_data_formats_give_the_same(training):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('data_format', ['channels_first', 'channels_last'])
+def test_fixed_padding_pads_height_and_width(data_format):
+  shape = [2, 5, 7, 7] if data_format == 'channels_first' else [2, 7, 7, 5]
+  padded = resnet_model.fixed_padding(tf.ones(shape), 4, data_format).numpy()
+  if data_format == 'channels_first':
+    padded = padded.transpose(0, 2, 3, 1)
+  assert padded.shape == (2, 10, 10, 5)
+  assert padded[:, 1:8, 1:8].all()  # one before, two behind
+  assert padded.sum() == 2 * 7 * 7 * 5
+
+
+@pytest.mark.parametrize('size', [8, 32, 110])
+def test_size_in_a_checkpoint(size):
+  names = [resnet_model.tf1_name(v) for v in generate(size).variables]
+  momentum = [f'{name}/Momentum' for name in names]
+  assert resnet_model.size_in_checkpoint(names + momentum) == size
+  assert resnet_model.size_in_checkpoint(['dense/kernel']) is None
+  network = generate(size)
+  assert repr(network).startswith(f'ResNet-{size}, ')
+
+
 @pytest.mark.parametrize('kernel_size', [1, 3])
 @pytest.mark.parametrize('size', [7, 8])
 def test_strided_convolution_pads_by_the_kernel_alone(kernel_size, size):
-  conv = resnet_model.Conv2dFixedPadding(1, 1, kernel_size, 2, 'NHWC', 'conv')
+  conv = resnet_model.Conv2dFixedPadding(
+      1, 1, kernel_size, 2, 'channels_last', 'conv')
   conv.kernel.assign(tf.reshape(
       tf.range(1.0, kernel_size ** 2 + 1), conv.kernel.shape))
   image = tf.random.stateless_normal([size, size], [3, 4]).numpy()
@@ -98,7 +120,7 @@ def test_strided_convolution_pads_by_the_kernel_alone(kernel_size, size):
 
 
 def test_batch_norm_moments():
-  norm = resnet_model.BatchNormRelu(3, 'NHWC', 'norm')
+  norm = resnet_model.BatchNormRelu(3, 'channels_last', 'norm')
   inputs = np.random.default_rng(5).normal(2, 3, [4, 5, 6, 3])
   inputs = inputs.astype(np.float32)
   outputs = norm(inputs, training=True)
@@ -125,7 +147,7 @@ def test_initial_values():
   network = generate(32)
   for variable in network.variables:
     values = variable.numpy()
-    name = variable.name.removesuffix(':0')
+    name = resnet_model.tf1_name(variable)
     if name.startswith('conv2d'):
       fan_in = np.prod(values.shape[:3])
       # Of a normal cut at two deviations; 0.88 is what the cut leaves.

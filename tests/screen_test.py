@@ -1,10 +1,8 @@
 """Tests of what a user sees on a terminal, and does not see elsewhere."""
 
-import contextlib
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -15,74 +13,22 @@ import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
 import cifar10_main
-from tests.cifar10_main_test import numbered_records
-
-SCRIPT = os.path.abspath(cifar10_main.__file__)
-LOG_LINE = r'[IW]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ cifar10_main\.py:\d+\] .*'
-
-
-class Screen:
-  """The rows of an endless terminal, and all that its last row has shown."""
-
-  def __init__(self, output):
-    self.rows, self.status = [''], []
-    column = 0
-    for text in re.findall(r'\r\n|\r|[^\r\n]+', output):
-      if text == '\r':
-        column = 0
-        if self.rows[-1].strip():
-          self.status.append(self.rows[-1].strip())
-      elif text == '\r\n':
-        column = 0
-        self.rows.append('')
-      else:
-        row = self.rows[-1].ljust(column)
-        self.rows[-1] = row[:column] + text + row[column + len(text):]
-        column += len(text)
-    self.rows = [row.rstrip() for row in self.rows]
+from tests.helpers import (
+    each,
+  numbered_records,
+  only_log_and_results,
+  read_all,
+  run_on_terminal,
+  train_command,
+)
 
 
-def run_on_terminal(*command, interrupt_at=None, **kwargs):
-  """Returns the exit status and the screen of a process on a terminal.
-
-  The process is interrupted where its output has shown `interrupt_at`.
-  """
-  terminal, end = pty.openpty()
-  process = subprocess.Popen(
-      [sys.executable, *command], stdin=end, stdout=end, stderr=end,
-      cwd=os.path.dirname(SCRIPT), **kwargs)
-  os.close(end)
-  output = b''
-  with contextlib.suppress(OSError):  # so it ends on Linux
-    while data := os.read(terminal, 1 << 16):
-      output += data
-      if interrupt_at and interrupt_at in output:
-        process.send_signal(signal.SIGINT)
-        interrupt_at = None
-  os.close(terminal)
-  return process.wait(), Screen(output.decode())
-
-
-def train_command(model_dir, *arguments):
-  return [SCRIPT, '--use_synthetic_data', '--resnet_size=8', '--batch_size=16',
-          '--train_steps=150', '--steps_per_eval=100',
-          f'--model_dir={model_dir}', *arguments]
-
-
-def only_log_and_results(rows):
-  """Tells whether each row is a whole line of one of the two."""
-  return all(re.fullmatch(LOG_LINE, row) or re.fullmatch(r"\{'acc.*\}", row)
-             for row in rows)
-
-
-def test_status_of_training(tmp_path):
-  status, screen = run_on_terminal(*train_command(tmp_path / 'model'))
-  assert status == 0
-  *rows, last = screen.rows
+def test_status_of_training(undisturbed):
+  *rows, last = undisturbed.screen.rows
   assert not last  # the status is gone
   assert only_log_and_results(rows), rows
-  assert sum(row.startswith('{') for row in rows) == 2
-  shown = '\n'.join(screen.status)
+  assert len(undisturbed.printed) == 2
+  shown = '\n'.join(undisturbed.screen.status)
   number, time_left = r'[\d,]+', r'\d:\d\d:\d\d'
   left = rf'left: {time_left} of the cycle, {time_left} in all'
   for expected in ('Building the training step', 'Step 1 of 150',
@@ -92,45 +38,26 @@ def test_status_of_training(tmp_path):
     assert re.search(f'^{expected}$', shown, re.MULTILINE), expected
 
 
-def test_status_gives_way_to_the_lines_of_a_signal(tmp_path):
-  status, screen = run_on_terminal(
-      *train_command(tmp_path / 'model', '--train_steps=100000'),
-      interrupt_at=b'of the cycle')
-  assert status == 130
-  *rows, last = screen.rows
-  assert not last
-  assert only_log_and_results(rows)
-  assert [re.search(r'Stopp\w+', row)[0] for row in rows if 'Stopp' in row] == [
-      'Stopping', 'Stopped']
-
-
 def test_status_is_cut_to_a_narrow_terminal():
   code = ('import cifar10_download_and_extract as cifar10\n'
           'cifar10.show_status("0123456789" * 9)\n'
           'cifar10.show_status()')
   _, screen = run_on_terminal(
-      '-c', code, env={**os.environ, 'COLUMNS': '26'})
+      [sys.executable, '-c', code], env={**os.environ, 'COLUMNS': '26'})
   assert set(screen.status) == {'0123456789012345678901234'}
   assert screen.rows == ['']
 
 
-@pytest.mark.parametrize('ends', [
-    ('stdout',), (),
-    pytest.param(('stdout', 'stderr'), marks=pytest.mark.slow)])
+@pytest.mark.parametrize('ends', each([('stdout',), ('stdout', 'stderr')], 1))
 def test_no_status_and_no_notices_without_a_terminal(tmp_path, ends):
   """Each end may be a file; what is still on the terminal has no status."""
   terminal, end = pty.openpty()
   outputs = {name: (tmp_path / name).open('wb') if name in ends else end
              for name in ('stdout', 'stderr')}
-  if not ends:  # nothing at all, as of a process that a service starts
-    outputs = dict.fromkeys(outputs, subprocess.DEVNULL)
-    command = ['sh', '-c', 'exec "$@" >&- 2>&-', 'sh', sys.executable]
-  else:
-    command = [sys.executable]
   seen = []
   reader = threading.Thread(target=lambda: seen.extend(read_all(terminal)))
-  process = subprocess.Popen(
-      [*command, *train_command(tmp_path / 'model')], **outputs)
+  process = subprocess.Popen(train_command(
+      tmp_path / 'model', '--train_steps=3', '--steps_per_eval=2'), **outputs)
   os.close(end)
   reader.start()
   assert process.wait() == 0
@@ -142,14 +69,16 @@ def test_no_status_and_no_notices_without_a_terminal(tmp_path, ends):
     text += (tmp_path / name).read_text()
   assert '\r' not in text
   assert only_log_and_results(text.splitlines())
-  assert len(re.findall('^{', text, re.MULTILINE)) == (2 if ends else 0)
-  assert (tmp_path / 'model' / 'model.ckpt-150.index').exists()
+  assert len(re.findall('^{', text, re.MULTILINE)) == 2
 
 
-def read_all(terminal):
-  with contextlib.suppress(OSError):
-    while data := os.read(terminal, 1 << 16):
-      yield data
+def test_run_without_any_output(undisturbed):
+  """As of a process that a service starts."""
+  process = subprocess.run(
+      ['sh', '-c', 'exec "$@" >&- 2>&-', 'sh',
+       *train_command(undisturbed.model_dir, '--eval_only')],
+      capture_output=True, check=True)
+  assert not process.stdout + process.stderr
 
 
 @pytest.mark.parametrize(('listed', 'visible', 'expected'), [
@@ -187,8 +116,8 @@ def test_progress_of_the_download(tmp_path):
   subprocess.run(['tar', 'czf', archive, '-C', folder.parent,
                   cifar10.FOLDER_NAME], check=True)
   status, screen = run_on_terminal(
-      cifar10.__file__, f'--data_dir={tmp_path}/data',
-      f'--data_url=file://{archive}', '--skip_checksums')
+      [sys.executable, cifar10.__file__, f'--data_dir={tmp_path}/data',
+       f'--data_url=file://{archive}', '--skip_checksums'])
   assert status == 0
   assert [row.split(' ')[0] for row in screen.rows] == [
       'Successfully', f'{tmp_path}/data/{cifar10.FOLDER_NAME}', '']
@@ -207,7 +136,8 @@ def test_retries_of_the_download_have_lines_of_their_own(tmp_path):
       'cifar10.receive = receive\n'
       'cifar10.define_flags()\n'
       'cifar10.app.run(cifar10.main)')
-  status, screen = run_on_terminal('-c', code, f'--data_dir={tmp_path}/data')
+  status, screen = run_on_terminal(
+      [sys.executable, '-c', code, f'--data_dir={tmp_path}/data'])
   assert status == 1
   *retries, error, last = screen.rows
   assert retries == ['the line is dead: trying again in 0 s'] * 4

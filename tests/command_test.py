@@ -1,0 +1,251 @@
+"""Tests of the command line, its errors, the export and the README."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from unittest import mock
+
+from absl import flags, logging
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import cifar10_download_and_extract as cifar10
+from cifar10_download_and_extract import Cifar10Error
+import cifar10_main
+from tests.helpers import (
+  NUMBER,
+  SCRIPT,
+  make_state,
+  only_log_and_results,
+  restore,
+  save,
+  small_settings,
+)
+
+
+def run_main(*arguments):
+  """Parses flags and runs main; returns what it exits with."""
+  flags.FLAGS.unparse_flags()
+  try:
+    rest = flags.FLAGS([SCRIPT, *arguments])
+  except flags.Error as error:
+    return str(error)
+  handler = logging.get_absl_handler()
+  with (mock.patch.object(cifar10_main, 'note_signals', list),
+        mock.patch.object(handler, 'addFilter'),
+        mock.patch.object(handler, 'setFormatter'),
+        pytest.raises(SystemExit) as exit_info):
+    cifar10_main.main(rest)
+  return exit_info.value.code
+
+
+@pytest.mark.parametrize('flag', [
+    '--resnet_size=0', '--resnet_size=33', '--resnet_size=2',
+    '--resnet_size=-4', '--resnet_size=x', '--train_steps=0',
+    '--train_steps=-1', '--train_steps=1.5', '--steps_per_eval=0',
+    '--steps_per_eval=x', '--batch_size=0', '--batch_size=-128',
+    '--batch_size=50001', '--data_format=NCHW', '--eval_only=maybe',
+    '--dtype=half', '--xla=maybe', '--save_checkpoints_secs=0', '--seed=-1',
+    '--num_gpus=-2', '--num_gpus=9999',
+    '--model_dir=', '--model_dir=a\tb', '--data_dir=\udcff',
+    '--model_dir=a[1]', '--model_dir=a?', '--data_dir=/a*', '--export_dir=a]b',
+    '--export_dir=a\\b'])
+def test_flags_out_of_range(script_flags, flag):
+  name = flag.partition('=')[0]
+  message = run_main(flag)
+  assert name in message
+  assert len(message.splitlines()) == 1
+
+
+def test_unknown_flag(script_flags):
+  assert 'bach_size' in run_main('--bach_size=3')
+
+
+@pytest.mark.parametrize('damage', ['folder', 'file', 'cut', 'label', 'empty'])
+def test_damaged_data(script_flags, data_dir, tmp_path, damage):
+  path = data_dir / cifar10.FOLDER_NAME / 'data_batch_3.bin'
+  data = path.read_bytes()
+  expected = str(path)
+  if damage == 'folder':
+    data_dir = tmp_path / 'nothing'
+    expected = f'{data_dir}.*run cifar10_download_and_extract.py first'
+  elif damage == 'file':
+    path.unlink()
+    expected += '.*run cifar10_download_and_extract.py first'
+  elif damage == 'cut':
+    path.write_bytes(data[:-1])
+    expected += '.*not a whole number of 3,073-byte records'
+  elif damage == 'label':
+    path.write_bytes(data[:3073] + b'\x0a' + data[3074:])
+    expected += '.*record 1 has label 10, not 0-9'
+  else:
+    path.write_bytes(b'')
+    expected += '.*0 bytes'
+  message = run_main(f'--data_dir={data_dir}', f'--model_dir={tmp_path}/model')
+  assert re.search(expected, message)
+  assert len(message.splitlines()) == 1
+  assert not (tmp_path / 'model').exists()
+
+
+@pytest.mark.parametrize(
+    'flag', ['--data_format=channels_first', '--dtype=bf16'])
+def test_device_without_such_convolutions(
+    script_flags, data_dir, tmp_path, monkeypatch, flag):
+
+  def conv2d(*args, **kwargs):
+    raise tf.errors.UnimplementedError(None, None, 'not here')
+
+  monkeypatch.setattr(tf.nn, 'conv2d', conv2d)
+  message = run_main(
+      f'--data_dir={data_dir}', f'--model_dir={tmp_path}/model', flag)
+  assert message.endswith(f': {flag} does not run on this device: leave it out')
+  assert not (tmp_path / 'model').exists()
+
+
+def test_too_little_memory(script_flags, monkeypatch):
+
+  def train_and_evaluate(*args):
+    raise tf.errors.ResourceExhaustedError(None, None, 'OOM')
+
+  monkeypatch.setattr(cifar10_main, 'train_and_evaluate', train_and_evaluate)
+  assert run_main().endswith('too little memory: try a smaller --batch_size')
+
+
+def test_model_dir_that_cannot_be_written(script_flags, data_dir):
+  message = run_main(f'--data_dir={data_dir}', '--model_dir=/dev/null/model',
+                     '--resnet_size=8')
+  assert message == (f'{os.path.basename(sys.argv[0])}: Cannot write to '
+                     '/dev/null/model (Not a directory): name another '
+                     '--model_dir')
+
+
+def test_log_lines_begin_as_in_2017(undisturbed):
+  """Each row is a whole line: of the log, or a result."""
+  *rows, last = undisturbed.screen.rows
+  assert not last
+  assert only_log_and_results(rows)
+  assert any(re.fullmatch(
+      rf'INFO:tensorflow:loss = {NUMBER}, step = 1', row) for row in rows)
+
+
+def test_stray_argument(script_flags):
+  assert "unknown argument 'stray'" in run_main('stray')
+
+
+def test_bad_flag_ends_the_script(script_flags, capsys):
+  flags.FLAGS.unparse_flags()
+  with pytest.raises(SystemExit) as exit_info:
+    cifar10_main.app.run(
+        cifar10_main.main, [SCRIPT, '--batch_size=0', '--eval_only'])
+  assert exit_info.value.code == 1
+  assert 'flag --batch_size=0' in ''.join(capsys.readouterr())
+
+
+def test_export(tmp_path, undisturbed):
+  """Raw test images give what the evaluation found.
+
+  That is by TensorFlow's own tool, in a process that has only the export.
+  """
+  assert any(f'Exported {undisturbed.model_dir}/model.ckpt-150 to '
+             f'{undisturbed.export_dir}' in row
+             for row in undisturbed.screen.rows)
+  records = cifar10.synthetic_records('eval')
+  images, one_hot = cifar10_main.dataset_parser(records)
+  np.save(tmp_path / 'images.npy', images)
+  tool = os.path.join(os.path.dirname(sys.executable), 'saved_model_cli')
+  subprocess.run(
+      [tool, 'run', '--dir', undisturbed.export_dir, '--tag_set', 'serve',
+       '--signature_def', 'serving_default', '--outdir', tmp_path,
+       '--inputs', f'images={tmp_path}/images.npy'], cwd=tmp_path, check=True)
+
+  classes, names, probabilities = (
+      np.load(tmp_path / f'{name}.npy', allow_pickle=True)
+      for name in ('classes', 'class_names', 'probabilities'))
+  assert classes.dtype == np.int64
+  np.testing.assert_array_equal(
+      names.astype(str), np.array(cifar10.CLASSES)[classes])
+  state = make_state()
+  restore(undisturbed.model_dir, state)
+  dataset = cifar10_main.input_fn('eval', None, 1000, use_synthetic_data=True)
+  features, _ = dataset.get_single_element()
+  expected = cifar10_main.cifar10_model_fn(
+      features, None, 'infer', state.network)
+  np.testing.assert_allclose(
+      probabilities, expected['probabilities'], atol=1e-5)
+  accuracy = (classes == np.argmax(one_hot, axis=1)).mean()
+  assert accuracy == ast.literal_eval(undisturbed.printed[-1])['accuracy']
+
+
+def test_signature_of_the_export(undisturbed):
+  serve = tf.saved_model.load(
+      str(undisturbed.export_dir)).signatures['serving_default']
+  _, inputs = serve.structured_input_signature
+  assert inputs == {'images': tf.TensorSpec([None, 32, 32, 3], tf.uint8,
+                                            'images')}
+  assert set(serve.structured_outputs) == {
+      'classes', 'class_names', 'probabilities'}
+  one = serve(images=np.zeros([1, 32, 32, 3], np.uint8))
+  assert one['probabilities'].shape == [1, 10]
+
+
+def test_export_folder_that_is_there(script_flags, data_dir, tmp_path):
+  (tmp_path / 'mine').touch()
+  message = run_main(f'--data_dir={data_dir}', f'--model_dir={tmp_path}/model',
+                     f'--export_dir={tmp_path}/mine', '--resnet_size=8',
+                     '--train_steps=1')
+  assert f'--export_dir={tmp_path}/mine is there already' in message
+  assert not (tmp_path / 'model').exists()
+
+
+def test_export_without_room(tmp_path, small_disk):
+  folder = small_disk(kilobytes=300)
+  save(tmp_path, make_state())
+  with pytest.raises(Cifar10Error, match=r'Cannot export to .* make room'):
+    cifar10_main.export(
+        small_settings(None, tmp_path), f'{folder}/exported')
+  assert not (folder / 'exported').exists()
+
+
+def readme_code(beginning):
+  """Returns the block of Python in the README that holds such a line."""
+  path = os.path.join(os.path.dirname(SCRIPT), 'README.md')
+  with open(path, encoding='utf-8') as file:
+    blocks = re.findall(r'```python\n(.*?)```', file.read(), re.DOTALL)
+  code, = (block for block in blocks if beginning in block)
+  return code
+
+
+def test_readme_on_notebooks(data_dir, capsys):
+  code = readme_code('import cifar10_main')
+  assert '/tmp/cifar10_data' in code
+  exec(code.replace('/tmp/cifar10_data', str(data_dir)), {})
+  *steps, last = capsys.readouterr().out.splitlines()
+  numbers, losses = zip(*(line.split() for line in steps))
+  assert [int(number) for number in numbers] == list(range(1, len(steps) + 1))
+  assert all(0.5 < float(loss) < 10 for loss in losses)
+  assert set(re.findall(r'\w+', last)) <= set(cifar10.CLASSES)
+
+
+def test_readme_on_pictures(tmp_path, capsys, undisturbed):
+  state = make_state()
+  restore(undisturbed.model_dir, state)
+  image = np.random.default_rng(0).integers(0, 256, [32, 32, 3], np.uint8)
+  outputs = cifar10_main.cifar10_model_fn(
+      tf.image.per_image_standardization(image[None]), None, 'infer',
+      state.network)
+  expected = (f"{cifar10.CLASSES[outputs['classes'][0]]} "
+              f"{tf.reduce_max(outputs['probabilities']):.1%}")
+  code = readme_code('decode_image')
+  for path, ours in (('/tmp/cifar10_export', undisturbed.export_dir),
+                     ('picture.jpg', tmp_path / 'picture.png')):
+    assert path in code
+    code = code.replace(path, str(ours))
+  for width, pattern in ((32, re.escape(expected)), (200, r'\w+ \d+\.\d%')):
+    picture = np.resize(image, [32, width, 3])
+    tf.io.write_file(
+        str(tmp_path / 'picture.png'), tf.io.encode_png(picture))
+    exec(code, {})
+    assert re.fullmatch(f'{pattern}\n', capsys.readouterr().out)

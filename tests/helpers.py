@@ -1,0 +1,222 @@
+"""What several test modules use."""
+
+import contextlib
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import cifar10_download_and_extract as cifar10
+import cifar10_main
+import resnet_model
+
+SCRIPT = os.path.abspath(cifar10_main.__file__)
+ROOT = os.path.dirname(SCRIPT)
+GOLDEN = os.path.join(os.path.dirname(__file__), 'golden', 'resnet8_b16')
+NUMBER = r'-?\d+(?:\.\d+)?(?:e[+-]?\d+)?'
+
+
+def make_state(resnet_size=8, data_format=None, dtype='fp32', seed=0):
+  return cifar10_main.make_state(resnet_size, data_format, dtype, seed)
+
+
+def needs_xla(data_format):
+  """Tells whether the device, a CPU, has no convolutions of its own for it."""
+  return not resnet_model.has_convolutions(data_format, tf.float32)
+
+
+# ------------------------------------------------------------------ data
+
+
+def numbered_records(count):
+  """Makes records whose first red values are the record's number in digits."""
+  numbers = np.arange(count)
+  records = np.zeros([count, cifar10.RECORD_BYTES], np.uint8)
+  records[:, 0] = numbers % 10
+  records[:, 1] = numbers // 100
+  records[:, 2] = numbers % 100
+  return records
+
+
+def write_data(folder, train_records, test_records):
+  """Writes record files; the training files share the records out evenly."""
+  folder.mkdir(parents=True)
+  for name, part in zip(cifar10.TRAIN_FILES, np.split(train_records, 5)):
+    part.tofile(folder / name)
+  test_records.tofile(folder / cifar10.TEST_FILE)
+
+
+def write_random_data(data_dir, num_train, num_test):
+  """Writes record files with random images and labels, always the same."""
+  rng = np.random.default_rng(0)
+  records = rng.integers(
+      0, 256, [num_train + num_test, cifar10.RECORD_BYTES], np.uint8)
+  records[:, 0] %= 10
+  write_data(data_dir / cifar10.FOLDER_NAME,
+             records[:num_train], records[num_train:])
+
+
+def contents(folder):
+  """Returns all files below a folder, as a dict of bytes by path."""
+  return {path: path.read_bytes()
+          for path in folder.rglob('*') if path.is_file()}
+
+
+# ------------------------------------------------------------------ runs
+
+
+def small_settings(data_dir, model_dir, **changes):
+  """Returns settings of four steps on small batches."""
+  return cifar10_main.Settings(**{
+      'data_dir': str(data_dir), 'model_dir': str(model_dir), 'resnet_size': 8,
+      'train_steps': 4, 'steps_per_eval': 4, 'batch_size': 10, **changes})
+
+
+def run(data_dir, model_dir, interrupted=lambda: False, **changes):
+  return cifar10_main.train_and_evaluate(
+      small_settings(data_dir, model_dir, **changes), interrupted)
+
+
+def evaluate_only(data_dir, model_dir):
+  cifar10_main.evaluate_only(small_settings(data_dir, model_dir))
+
+
+def matches(pattern, lines):
+  """Returns the groups of the lines that match as a whole."""
+  found = [re.fullmatch(pattern, line) for line in lines]
+  return [match.groups() for match in found if match]
+
+
+# ----------------------------------------------------------- checkpoints
+
+
+def save(model_dir, state):
+  checkpoints = cifar10_main.Checkpoints(str(model_dir))
+  checkpoints.save(state)
+  return checkpoints
+
+
+def restore(model_dir, state):
+  """Restores the newest checkpoint; returns the path of it."""
+  checkpoints = cifar10_main.Checkpoints(str(model_dir))
+  checkpoints.restore(state, checkpoints.read_newest())
+  return checkpoints.newest
+
+
+def tensors(path):
+  """Returns the values of a checkpoint by name."""
+  reader = tf.train.load_checkpoint(str(path))
+  return {key: reader.get_tensor(key)
+          for key in reader.get_variable_to_shape_map()}
+
+
+def place_originals_checkpoint(model_dir):
+  """Makes a folder as the 2017 script left it, moved here from elsewhere."""
+  model_dir.mkdir()
+  for ending in ('.index', '.data-00000-of-00001'):
+    with open(GOLDEN + '.ckpt' + ending, 'rb') as file:
+      (model_dir / f'model.ckpt-312510{ending}').write_bytes(file.read())
+  (model_dir / 'checkpoint').write_text(
+      'model_checkpoint_path: "/elsewhere/model.ckpt-312510"\n'
+      'all_model_checkpoint_paths: "/elsewhere/model.ckpt-312510"\n')
+
+
+def difference(ours, theirs):
+  """Returns the relative difference in the L2 norm."""
+  return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+# ------------------------------------------------------------- processes
+
+
+def each(moments, quick):
+  """Returns the moments as parameters, all but the first few marked slow."""
+  return [pytest.param(*(moment if isinstance(moment, list) else [moment]),
+                       marks=() if i < quick else pytest.mark.slow)
+          for i, moment in enumerate(moments)]
+
+
+def train_command(model_dir, *arguments):
+  """Returns the command of a run that ends within seconds."""
+  return [sys.executable, SCRIPT, '--use_synthetic_data', '--resnet_size=8',
+          '--batch_size=16', '--seed=1', '--train_steps=150',
+          '--steps_per_eval=100', '--save_checkpoints_secs=1',
+          f'--model_dir={model_dir}', *arguments]
+
+
+def start(command, **kwargs):
+  return subprocess.Popen(
+      command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      cwd=ROOT, **kwargs)
+
+
+def finish(process):
+  """Returns what a process has printed on standard output and error."""
+  output = process.communicate(timeout=120)
+  assert 'Traceback' not in output[1], output[1]
+  return output
+
+
+def read_until(process, text):
+  """Reads the log of a process up to a line that contains the text."""
+  for line in process.stderr:
+    if text in line:
+      return
+  raise AssertionError(f'it has ended without {text!r}')
+
+
+def only_log_and_results(rows):
+  """Tells whether each row is a whole line of one of the two."""
+  return all(re.fullmatch(r"(INFO|WARNING):tensorflow:.*|\{'acc.*\}", row)
+             for row in rows)
+
+
+class Screen:
+  """The rows of an endless terminal, and all that its last row has shown."""
+
+  def __init__(self, output):
+    self.rows, self.status = [''], []
+    column = 0
+    for text in re.findall(r'\r\n|\r|[^\r\n]+', output):
+      if text == '\r':
+        column = 0
+        if self.rows[-1].strip():
+          self.status.append(self.rows[-1].strip())
+      elif text == '\r\n':
+        column = 0
+        self.rows.append('')
+      else:
+        row = self.rows[-1].ljust(column)
+        self.rows[-1] = row[:column] + text + row[column + len(text):]
+        column += len(text)
+    self.rows = [row.rstrip() for row in self.rows]
+
+
+def run_on_terminal(command, at=None, then=None, **kwargs):
+  """Returns the exit status and the screen of a process on a terminal.
+
+  Where its output has shown the bytes `at`, `then` is called with the process.
+  """
+  terminal, end = pty.openpty()
+  process = subprocess.Popen(
+      command, stdin=end, stdout=end, stderr=end, cwd=ROOT, **kwargs)
+  os.close(end)
+  output = b''
+  for data in read_all(terminal):
+    output += data
+    if at and at in output:
+      then(process)
+      at = None
+  os.close(terminal)
+  return process.wait(), Screen(output.decode())
+
+
+def read_all(terminal):
+  with contextlib.suppress(OSError):  # so it ends on Linux
+    while data := os.read(terminal, 1 << 16):
+      yield data
