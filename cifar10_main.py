@@ -26,7 +26,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -86,7 +85,6 @@ DTYPES = {'fp32': tf.float32, 'bf16': tf.bfloat16, 'fp16': tf.float16}
 # Keeps small gradients above fp16's smallest number. Without it they are wrong
 # by up to 40 %; with any scale from 128 to 2**18 by 5 %, like bf16's.
 FP16_LOSS_SCALE = 128
-
 WHEN_NOT_FINITE = (', nothing of it is saved: the learning rate is 0.1 * '
                    'batch_size / 128, try a smaller --batch_size')
 
@@ -128,12 +126,12 @@ def record_dataset(
     context: tf.distribute.InputContext | None = None) -> tf.data.Dataset:
   """Draws the records of each batch and, for training, how they are augmented.
 
-  Shuffles and shares out numbers: an image only moves when a batch gathers it.
+  It shuffles and shares out numbers; images move only when they are gathered.
 
   Args:
-    num_records: Number of records.
-    mode: 'train' shuffles them without end; other modes take them in order.
-    batch_size: Records per batch. In order, the last batch has the rest.
+    num_records: Number of records to draw from.
+    mode: 'train': shuffled, without end; else in order, the last batch short.
+    batch_size: Records per batch.
     seed: With the step, determines a batch wherever training began.
     step: Number of batches to skip: those trained already.
     steps_per_eval: Batches per cycle; as in the original, each shuffles anew.
@@ -155,13 +153,11 @@ def record_dataset(
         SHUFFLE_RECORDS + 3 * batch_size, cycle_seed, False)
     return shuffled.batch(batch_size, drop_remainder=True).take(steps_per_eval)
 
-  def add_views(step, numbers):
-    return numbers, tf.random.stateless_uniform(
-        [batch_size], [seed, step], 0, NUM_VIEWS, tf.int32)
-
   cycles = tf.data.Dataset.range(step // steps_per_eval, tf.int64.max)
   batches = cycles.flat_map(batches_of).skip(step % steps_per_eval)
-  batches = batches.enumerate(step).map(add_views)
+  batches = batches.enumerate(step).map(lambda step, numbers: (
+      numbers, tf.random.stateless_uniform(
+          [batch_size], [seed, step], 0, NUM_VIEWS, tf.int32)))
   context = context or tf.distribute.InputContext()
   shares = batches.rebatch(batch_size // context.num_replicas_in_sync, True)
   shares = shares.shard(context.num_input_pipelines, context.input_pipeline_id)
@@ -207,8 +203,7 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     data_dir: Folder that contains cifar-10-batches-bin/, or that folder.
     batch_size: Images per batch.
     use_synthetic_data: Whether to generate the records instead.
-    **order: For training: seed, step, steps_per_eval, context; see
-      record_dataset.
+    **order: For training: see record_dataset, from `seed` on.
 
   Returns:
     Dataset of standardized images, float32 [N, 32, 32, 3], and one-hot labels,
@@ -247,11 +242,10 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
 
 def prefetch_to_gpu(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """Copies batches to the GPU, if there is one, before a step needs them."""
-  gpus = tf.config.list_logical_devices('GPU')
-  if not gpus:
-    return dataset
-  return dataset.apply(tf.data.experimental.prefetch_to_device(
-      gpus[0].name, PREFETCH_BATCHES))
+  for gpu in tf.config.list_logical_devices('GPU')[:1]:
+    return dataset.apply(tf.data.experimental.prefetch_to_device(
+        gpu.name, PREFETCH_BATCHES))
+  return dataset
 
 
 def cifar10_model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
@@ -262,7 +256,7 @@ def cifar10_model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
     features: Standardized images, float32 [N, 32, 32, 3].
     labels: One-hot, float32 [N, 10]; not used in mode 'infer'.
     mode: 'train', which updates the moving averages, 'eval' or 'infer'.
-    network: The network.
+    network: What computes the logits.
 
   Returns:
     classes, int64 [N]; probabilities, float32 [N, 10]. Unless the mode is
@@ -344,8 +338,9 @@ class Checkpoints:
     """Returns the steps of all checkpoints, damaged ones too, newest first."""
     # Not from the list in `checkpoint`: in a folder that was moved or copied it
     # may name the old place.
-    names = glob.glob(glob.escape(self._prefix) + '-*')
-    found = [re.search(r'-(\d+)\.(index|data-\d+-of-\d+)$', n) for n in names]
+    pattern = re.compile(
+        re.escape(self._prefix) + r'-(\d+)\.(index|data-\d+-of-\d+)')
+    found = map(pattern.fullmatch, glob.glob(glob.escape(self._prefix) + '-*'))
     return sorted({int(match[1]) for match in found if match}, reverse=True)
 
   def read_newest(self) -> dict[str, np.ndarray]:
@@ -369,12 +364,12 @@ class Checkpoints:
 
   def restore(self, state: TrainState, values: dict[str, np.ndarray]) -> None:
     """Assigns the values just read; changes none if one cannot be used."""
-    path, size = self.newest, resnet_model.size_in_checkpoint(values)
-    if size not in (None, state.network.resnet_size):
+    path, here = self.newest, state.network.resnet_size
+    size = resnet_model.size_in_checkpoint(values)
+    if size not in (None, here):
       raise Cifar10Error(
-          f'{path} is of another network (size {size}, not '
-          f'{state.network.resnet_size}): use --resnet_size={size} or another '
-          '--model_dir')
+          f'{path} is of another network (size {size}, not {here}): use '
+          f'--resnet_size={size} or another --model_dir')
     for variable in state.variables:
       name = tf1_name(variable)
       if name in ('seed', 'train_accuracy'):  # the original does not have these
@@ -408,9 +403,6 @@ class Checkpoints:
     path = f'{self._prefix}-{step}'
     logging.info('Saving checkpoints for %d into %s.', step, self._prefix)
     try:
-      for left_by_a_killed_run in glob.glob(
-          glob.escape(self._prefix) + '-*.tempstate*'):
-        os.remove(left_by_a_killed_run)
       with tf.device('CPU'):
         tf.raw_ops.SaveV2(prefix=path, tensor_names=list(values),
                           shape_and_slices=[''] * len(values),
@@ -429,6 +421,8 @@ class Checkpoints:
       with contextlib.suppress(*resnet_model.READ_ERRORS):
         if 'seed' in resnet_model.checkpoint_keys(path):  # not the original's
           self._delete(path)
+    for part in glob.glob(glob.escape(self._prefix) + '-*.tempstate*'):
+      os.remove(part)  # of a save that was killed
 
   def _write_list(self, steps: list[int]) -> None:
     """Writes `checkpoint`, where TensorFlow and the original look them up."""
@@ -482,15 +476,9 @@ def train_step(state: TrainState, batch_size: int, compute: Callable,
                features: tf.Tensor, labels: tf.Tensor) -> dict[str, tf.Tensor]:
   """Trains on one batch or, together with the others, on a replica's share.
 
-  Args:
-    state: What to train.
-    batch_size: Images per batch on all replicas, for the learning rate.
-    compute: compute_gradients of this state, compiled or not.
-    features: See cifar10_model_fn, like labels.
-
-  Returns:
-    What to log, from before the update: cross_entropy, loss and learning_rate,
-    float32 []; correct, int64 []; images, up to six.
+  `compute` is compute_gradients of this state, compiled or not. Returns what to
+  log, from before the update: cross_entropy, loss and learning_rate, float32
+  []; correct, int64 []; images, up to six.
   """
   gradients, values = compute(features, labels)
   # Each replica normalizes its own share of the batch; the moving averages
@@ -565,9 +553,8 @@ def make_inner_loop(state: TrainState, batch_size: int,
 
 def log_values(step: int, values: dict) -> None:
   """Hook that logs the original's lines, word for word."""
-  duration = ''
-  if 'seconds' in values:
-    duration = f' ({values["seconds"]:.3f} sec)'
+  duration = f' ({values["seconds"]:.3f} sec)' if 'seconds' in values else ''
+  if duration:
     logging.info('global_step/sec: %g', values['global_step/sec'])
   logging.info(
       'cross_entropy = %s, learning_rate = %s, train_accuracy = %s%s',
@@ -608,13 +595,13 @@ def show_progress(settings: Settings, step: int, cycle_end: int,
 
 def make_eval_step(network: Cifar10ResnetV2) -> Callable:
   """Returns a compiled function that adds the next batch to two sums."""
-
   @tf.function
   def eval_step(iterator, loss, confusion_matrix):
     features, labels = next(iterator)
     outputs = cifar10_model_fn(features, labels, 'eval', network)
     matrix = tf.math.confusion_matrix(
-        tf.argmax(labels, axis=1), outputs['classes'], NUM_CLASSES)
+        tf.argmax(labels, axis=1), outputs['classes'], NUM_CLASSES,
+        dtype=tf.int64)
     return loss + outputs['loss'], confusion_matrix + matrix
 
   return eval_step
@@ -626,15 +613,15 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
 
   Returns:
     The results: accuracy over all images; loss, the mean over the batches, in
-    which the short last one counts like the others; global_step. And how many
-    images of each label (row) were given each class (column), int32 [10, 10].
+    which the short last one counts like the others; global_step. And of each
+    label's images (row), the share given each class (column), float [10, 10].
   """
   logging.info('Starting evaluation at %s', time.strftime('%Y-%m-%dT%H:%M:%S'))
   # The variables are in memory already, but people search logs for this line.
   logging.info('Restoring parameters from %s', path)
   # Ask for the length here: the copy to a GPU does not know it.
   iterator, num_batches = iter(prefetch_to_gpu(dataset)), len(dataset)
-  loss, matrix = tf.zeros([]), tf.zeros([NUM_CLASSES] * 2, tf.int32)
+  loss, matrix = tf.zeros([]), tf.zeros([NUM_CLASSES] * 2, tf.int64)
   for batch in range(num_batches):
     cifar10.show_status(f'Evaluating batch {batch + 1} of {num_batches}')
     loss, matrix = eval_step(iterator, loss, matrix)
@@ -647,31 +634,22 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
   logging.info('Saving dict for global step %d: %s', step, ', '.join(
       f'{name} = {results[name]}' for name in sorted(results)))
   print(results, flush=True)
-  return results, matrix
-
-
-def class_accuracies(confusion_matrix: np.ndarray) -> dict[str, float]:
-  """Returns the accuracy of each class by name; 0 if it has no images."""
-  images = np.maximum(confusion_matrix.sum(axis=1), 1)
-  return dict(zip(cifar10.CLASSES, confusion_matrix.diagonal() / images))
+  return results, matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
 
 
 def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
-                     confusion_matrix: np.ndarray) -> None:
-  """Writes what TensorBoard shows of the two things that evaluate returns."""
-  images = confusion_matrix.sum(axis=1, keepdims=True)
-  shares = confusion_matrix / np.maximum(images, 1)
+                     shares: np.ndarray) -> None:
+  """Writes what TensorBoard shows of an evaluation, as evaluate returns it."""
   # Squares of 24 pixels, white to black. The root makes a few percent visible.
   image = 1 - np.sqrt(shares).repeat(24, axis=0).repeat(24, axis=1)
-  names = ', '.join(cifar10.CLASSES)
   with writer.as_default(results['global_step']):
     tf.summary.scalar('accuracy', results['accuracy'])
     tf.summary.scalar('loss', results['loss'])
-    for name, accuracy in class_accuracies(confusion_matrix).items():
+    for name, accuracy in zip(cifar10.CLASSES, shares.diagonal()):
       tf.summary.scalar(f'accuracy_of_class/{name}', accuracy)
     tf.summary.image('confusion_matrix', image[None, ..., None], description=(
-        f'A row for each label, a column for each predicted class: {names}. '
-        'The darker a square, the larger its share of the row.'))
+        'A row for each label, a column for each predicted class: '
+        f'{", ".join(cifar10.CLASSES)}. The darker, the larger the share.'))
   writer.flush()
 
 
@@ -683,18 +661,18 @@ def evaluate_only(settings: Settings) -> None:
   if checkpoints.newest is None:
     raise Cifar10Error(f'{settings.model_dir} holds no checkpoint to evaluate: '
                        'train first, or name another --model_dir')
-  _, confusion_matrix = evaluate(
+  _, shares = evaluate(
       make_eval_step(state.network), dataset, checkpoints.newest,
       state.global_step.numpy().item())
-  for name, accuracy in class_accuracies(confusion_matrix).items():
+  for name, accuracy in zip(cifar10.CLASSES, shares.diagonal()):
     print(f'{name:10} {accuracy:.4f}')
 
 
 def export(settings: Settings, export_dir: str) -> None:
   """Writes the newest checkpoint as a SavedModel, complete in itself.
 
-  From raw images, uint8 [N, 32, 32, 3], it computes classes, int64 [N],
-  class_names, string [N], and probabilities, float32 [N, 10].
+  Of raw images, uint8 [N, 32, 32, 3], it gives classes, int64 [N], class_names,
+  string [N], and probabilities, float32 [N, 10].
   """
   # Not every device has convolutions with the channels first.
   state, checkpoints = open_model(
@@ -726,8 +704,10 @@ def train_and_evaluate(settings: Settings, interrupted=lambda: False) -> bool:
 
   Args:
     settings: What to do.
-    interrupted: Function that is asked about once a second whether to save and
-      return False.
+    interrupted: Function that tells, once a second, whether to save and end.
+
+  Returns:
+    Whether the run is finished: False if it was interrupted.
 
   Raises:
     Cifar10Error: Data, checkpoint or loss are not as they should be.
@@ -835,9 +815,9 @@ def run_cycles(
       checkpoints.save(state)
       saved_at = time.monotonic()
     if stop:
-      saved = f', saved as {checkpoints.newest}' if checkpoints else ''
-      logging.warning('Stopped after step %d%s: the same command goes on from '
-                      'there', step, saved)
+      logging.warning(
+          'Stopped after step %d, saved as %s: the same command goes on from '
+          'there', step, checkpoints.newest if checkpoints else 'elsewhere')
       return False
     if step == cycle_end:
       logging.info('Loss for final step: %s.', values['loss'])
@@ -852,11 +832,10 @@ def describe_run(settings: Settings, state: TrainState) -> dict:
   replicas = tf.distribute.get_strategy().num_replicas_in_sync
   if replicas > 1:
     device = f'{replicas} replicas: {device}'
-  facts = {
-      'network': repr(state.network),
-      'XLA': 'on' if uses_xla(settings.xla) else 'off', 'device': device,
-      'seed': state.seed.numpy(), 'TensorFlow': tf.__version__,
-      'NumPy': np.__version__, 'Python': platform.python_version()}
+  facts = {'network': repr(state.network), 'device': device,
+           'XLA': 'on' if uses_xla(settings.xla) else 'off',
+           'seed': state.seed.numpy(), 'TensorFlow': tf.__version__,
+           'NumPy': np.__version__, 'Python': platform.python_version()}
   logging.info('%(network)s, XLA %(XLA)s, on %(device)s, seed %(seed)d', facts)
   step = state.global_step.numpy()
   if step >= settings.train_steps:
@@ -889,29 +868,17 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
     raise Cifar10Error('TF_CONFIG names no cluster of workers '
                        f'({reason(error)}): correct or unset it') from None
   if len(gpus) > 1:
-    return tf.distribute.MirroredStrategy(
-        [f'GPU:{i}' for i in range(len(gpus))])
+    return tf.distribute.MirroredStrategy()
   return tf.distribute.get_strategy()
 
 
-def warn_of_idle_gpu() -> None:
-  """Logs what to install if TensorFlow cannot use a GPU that is there."""
-  if (tf.config.list_physical_devices('GPU')
-      or not tf.test.is_built_with_cuda() or not shutil.which('nvidia-smi')
-      or os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1')):
-    return
-  listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True,
-                          check=False).stdout
-  if listed.startswith('GPU '):
-    logging.warning(
-        'TensorFlow cannot use the GPU of this machine, its libraries are '
-        'missing or do not fit: pip install "tensorflow[and-cuda]" brings them')
-
-
 def is_chief() -> bool:
-  """Returns whether this machine is the first, which saves and prints."""
+  """Returns whether this is the first machine, which saves and prints."""
   resolver = tf.distribute.get_strategy().cluster_resolver
-  return not resolver or resolver.task_id in (0, None)
+  if not resolver or not resolver.task_type:
+    return True
+  first = 'chief' if 'chief' in resolver.cluster_spec().jobs else 'worker'
+  return (resolver.task_type, resolver.task_id) == (first, 0)
 
 
 def total(value: np.ndarray | int) -> np.ndarray | int:
@@ -919,12 +886,10 @@ def total(value: np.ndarray | int) -> np.ndarray | int:
   strategy = tf.distribute.get_strategy()
   if strategy.num_replicas_in_sync == 1:
     return value
-  value = tf.constant(value)
   replicas_here = len(strategy.extended.worker_devices)
   values = strategy.experimental_distribute_values_from_function(
-      lambda context: value if (
-          context.replica_id_in_sync_group % replicas_here == 0
-          ) else tf.zeros_like(value))
+      lambda context: tf.constant(
+          value * (context.replica_id_in_sync_group % replicas_here == 0)))
   return strategy.reduce('SUM', values, axis=None).numpy()
 
 
@@ -937,7 +902,7 @@ def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
                        f'{replicas} replicas that share it: make it one')
   dataset = strategy.distribute_datasets_from_function(
       lambda context: make_dataset(context=context))
-  # A strategy copies batches to its devices itself; the default one does not.
+  # Only the default strategy does not copy batches to its device by itself.
   return prefetch_to_gpu(dataset) if replicas == 1 else dataset
 
 
@@ -968,27 +933,24 @@ def define_flags() -> None:
       'save_checkpoints_secs', Settings.save_checkpoints_secs,
       'Seconds between checkpoints. Each cycle also ends with one.', 1)
   flags.DEFINE_enum(
-      'data_format', Settings.data_format, list(resnet_model.LAYOUTS),
-      'Layout of the images in the network. The default is the faster one: '
-      'channels_first on a GPU, channels_last on a CPU.')
+      'data_format', Settings.data_format, list(resnet_model.LAYOUTS), 'Layout '
+      'in the network. By default channels_first on a GPU, else channels_last.')
   flags.DEFINE_enum('dtype', Settings.dtype, list(DTYPES),
                     'Number type of the convolutions. All else is fp32.')
   flags.DEFINE_enum('xla', Settings.xla, ['auto', 'on', 'off'],
                     'Compile the training step with XLA. auto: on a GPU only.')
   flags.DEFINE_integer(
-      'num_gpus', None, 'GPUs of this machine that share each batch. -1: all, '
-      '0: the CPU. The default is one, if there is one.', -1)
+      'num_gpus', None, 'GPUs of this machine that share each batch: -1 all, 0 '
+      'none. By default one, if there is one.', -1)
   flags.DEFINE_integer(
-      'seed', Settings.seed,
-      'Seed of the initial values and the batches: repeats a run exactly. The '
-      'default is a random one, which is logged.', 0, 2**32 - 1)
+      'seed', Settings.seed, 'Seed of initial values and batches, to repeat a '
+      'run exactly. The default is random, and logged.', 0, 2**32 - 1)
   flags.DEFINE_bool('use_synthetic_data', Settings.use_synthetic_data,
                     'Train and evaluate on generated images: no data needed.')
-  flags.DEFINE_bool('eval_only', False, 'Only evaluate the newest checkpoint, '
-                    'and print the accuracy of each class.')
-  flags.DEFINE_string(
-      'export_dir', None, 'New folder for a SavedModel, written after training '
-      'or, with --eval_only, instead of training.')
+  flags.DEFINE_bool('eval_only', False, 'Only evaluate the newest checkpoint; '
+                    'prints the accuracy of each class.')
+  flags.DEFINE_string('export_dir', None, 'New folder for a SavedModel, '
+                      'written at the end, or at once with --eval_only.')
   for name in ('model_dir', 'export_dir'):
     cifar10.register_path_validator(name)
 
@@ -1004,10 +966,7 @@ def settings_from(values: flags.FlagValues) -> Settings:
 
 
 def note_signals() -> list[int]:
-  """Returns a list to which the first SIGTERM or SIGINT will be added.
-
-  A second one ends the process at once.
-  """
+  """Returns a list for the first SIGTERM or SIGINT; a second ends at once."""
   noted = []
   receiver, sender = socket.socketpair()
 
@@ -1043,8 +1002,10 @@ def run(settings: Settings, values: flags.FlagValues,
   if not chief:
     logging.warning('The first machine logs, saves and prints')
     logging.set_verbosity(min(logging.get_verbosity(), logging.WARNING))
-  if values.num_gpus != 0:
-    warn_of_idle_gpu()
+  if values.num_gpus != 0 and resnet_model.has_idle_gpu():
+    logging.warning(
+        'TensorFlow cannot use the GPU of this machine, its libraries are '
+        'missing or do not fit: pip install "tensorflow[and-cuda]" brings them')
   export_dir = values.export_dir if chief else None
   if export_dir and os.path.lexists(export_dir):
     raise Cifar10Error(f'--export_dir={export_dir} is there already: name a '

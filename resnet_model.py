@@ -14,6 +14,9 @@ be restored into the wrong layers.
 
 import collections
 from collections.abc import Iterable
+import os
+import shutil
+import subprocess
 
 import numpy as np
 import tensorflow as tf
@@ -249,6 +252,17 @@ def has_convolutions(data_format: str | None, dtype: tf.DType) -> bool:
   except tf.errors.OpError:
     return False
   return True
+
+
+def has_idle_gpu() -> bool:
+  """Returns whether there is a GPU that TensorFlow cannot use."""
+  if (tf.config.list_physical_devices('GPU')
+      or not tf.test.is_built_with_cuda() or not shutil.which('nvidia-smi')
+      or os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1')):
+    return False
+  listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True,
+                          check=False).stdout
+  return listed.startswith('GPU ')
 
 
 def cifar10_resnet_v2_generator(

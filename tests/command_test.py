@@ -15,6 +15,7 @@ import tensorflow as tf
 import cifar10_download_and_extract as cifar10
 from cifar10_download_and_extract import Cifar10Error
 import cifar10_main
+import resnet_model
 from tests.helpers import (
   NUMBER,
   SCRIPT,
@@ -36,10 +37,11 @@ def run_main(*arguments):
   handler = logging.get_absl_handler()
   with (mock.patch.object(cifar10_main, 'note_signals', list),
         mock.patch.object(handler, 'addFilter'),
-        mock.patch.object(handler, 'setFormatter'),
-        pytest.raises(SystemExit) as exit_info):
-    cifar10_main.main(rest)
-  return exit_info.value.code
+        mock.patch.object(handler, 'setFormatter')):
+    try:
+      return cifar10_main.main(rest)
+    except SystemExit as end:
+      return end.code
 
 
 @pytest.mark.parametrize('flag', [
@@ -112,6 +114,19 @@ def test_too_little_memory(script_flags, monkeypatch):
 
   monkeypatch.setattr(cifar10_main, 'train_and_evaluate', train_and_evaluate)
   assert run_main().endswith('too little memory: try a smaller --batch_size')
+
+
+@pytest.mark.parametrize(('flag', 'expected'), [
+    ('--noeval_only', 1), ('--num_gpus=0', 0)])
+def test_warning_about_an_idle_gpu(
+    script_flags, monkeypatch, log, flag, expected):
+  monkeypatch.setattr(resnet_model, 'has_idle_gpu', lambda: True)
+  monkeypatch.setattr(cifar10_main, 'train_and_evaluate', lambda *_: True)
+  assert run_main(flag) == 0
+  assert len(log) == expected
+  if expected:
+    assert 'cannot use the GPU' in log[0]
+    assert 'pip install "tensorflow[and-cuda]"' in log[0]
 
 
 def test_model_dir_that_cannot_be_written(script_flags, data_dir):
