@@ -16,7 +16,8 @@ References:
       2009. https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
-from collections.abc import Iterator
+import base64
+from collections.abc import Callable, Iterator
 import contextlib
 import gzip
 import hashlib
@@ -25,11 +26,15 @@ import os
 import re
 import shutil
 import signal
+import socket
+import ssl
+import stat
 import sys
 import tarfile
 import tempfile
+import threading
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 
@@ -38,7 +43,7 @@ try:
 except ImportError:  # Windows: nothing keeps two runs out of one folder
   fcntl = None
 
-from absl import app, flags
+from absl import app, flags, logging
 import numpy as np
 
 DATA_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
@@ -61,11 +66,20 @@ CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer',
 RECORD_BYTES = 1 + 3 * 32 * 32
 RECORDS_PER_FILE = 10000
 
-TIMEOUT_SECONDS = 60  # how long to wait for the server's next byte
+TIMEOUT_SECONDS = 60  # how long to wait for the server's next byte, or chunk
 RETRY_SECONDS = (1, 2, 4, 8)  # waits between attempts that bring nothing new
 CHUNK_BYTES = 1 << 16
 # The published archive has 170 million bytes, 184 million unpacked.
 MAX_ARCHIVE_BYTES = 200_000_000
+
+# Unlike urllib's own, without ftp: a redirect may lead to http and https only.
+OPENER = urllib.request.OpenerDirector()
+for handler in (
+    urllib.request.ProxyHandler, urllib.request.UnknownHandler,
+    urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+    urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
+    urllib.request.HTTPRedirectHandler, urllib.request.FileHandler):
+  OPENER.add_handler(handler())
 
 
 class Cifar10Error(Exception):
@@ -77,8 +91,14 @@ class UnfinishedError(ConnectionError):
 
 
 def reason(error: Exception) -> str:
-  """Returns the first line of an error without the names of graph nodes."""
-  return re.sub(r'\{\{.*?\}\} ?| \[Op:.*', '', str(error).partition('\n')[0])
+  """Returns the line of an error that tells most, fit for a terminal."""
+  # TensorFlow puts lines about its graph before it, and names of nodes into it.
+  about_the_graph = r'Graph execution error|Detected at node|<stack|\s|$'
+  lines = [line for line in str(error).splitlines()
+           if not re.match(about_the_graph, line)] or [type(error).__name__]
+  line = re.sub(r'\{\{.*?\}\} ?| \[Op:.*', '', lines[0])
+  # It may come from a server: no escape sequences, and not without end.
+  return ''.join(c if c.isprintable() else '?' for c in line)[:300]
 
 
 def check_mode(mode: str) -> None:
@@ -131,23 +151,97 @@ def synthetic_records(mode: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def errors_in_one_line(folder: str, cure: str) -> Iterator[None]:
-  """Ends the script with status 1 and one line if the block raises an error.
-
-  Args:
-    folder: The folder that the block writes; an OSError is reported for it.
-    cure: What the user can do when it cannot be written.
-  """
+def errors_in_one_line() -> Iterator[None]:
+  """Ends the script with status 1 and one line if the block raises an error."""
   try:
     yield
     return
   except Cifar10Error as error:
     message = str(error)
-  except OSError as error:
-    message = f'Cannot write to {folder} ({error.strerror}): {cure}'
+  except MemoryError:
+    message = 'The machine has too little memory: try a smaller --batch_size'
   finally:
     show_status()
   sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')
+
+
+def say(text: str) -> None:
+  """Prints a line on standard output.
+
+  Raises:
+    Cifar10Error: Nobody reads it any more, or its disk is full.
+  """
+  try:
+    print(text, flush=True)
+  except OSError as error:
+    # Python would try once more at its end, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise Cifar10Error(
+        f'Cannot write to standard output ({error.strerror}): nothing is lost, '
+        'the same command goes on from here') from None
+
+
+class StopRequest:
+  """Tells, when called, whether a signal has asked to stop.
+
+  Until the first call there is nothing to save, so that a signal ends the run
+  at once; a second one always does.
+  """
+
+  def __init__(self):
+    self.signal, self._asked = None, False
+
+  def __call__(self) -> bool:
+    self._asked = True
+    return self.signal is not None
+
+  def receive(self, number: int, end: Callable[[int], None]) -> None:
+    if self.signal or not self._asked:
+      show_status()
+      end(128 + number)
+    self.signal = number
+    logging.warning('Stopping. A second signal ends at once')
+
+
+@contextlib.contextmanager
+def stop_button() -> Iterator[StopRequest]:
+  """Receives the KeyboardInterrupt of a notebook's stop button."""
+  stop, before = StopRequest(), signal.getsignal(signal.SIGINT)
+
+  def interrupt(status):
+    raise KeyboardInterrupt
+
+  is_usual = before is signal.default_int_handler and (
+      threading.current_thread() is threading.main_thread())
+  if is_usual:
+    signal.signal(signal.SIGINT, lambda *_: stop.receive(2, interrupt))
+  try:
+    yield stop
+  finally:
+    if is_usual:
+      signal.signal(signal.SIGINT, before)
+
+
+def receive_signals(stop: StopRequest) -> None:
+  """Lets signals come to a thread, since the main one is busy in TensorFlow."""
+  receiver, sender = socket.socketpair()
+
+  def wait():
+    while True:
+      stop.receive(receiver.recv(1)[0], os._exit)
+
+  threading.Thread(target=wait, daemon=True).start()
+  sender.setblocking(False)
+  signal.set_wakeup_fd(sender.detach())
+  catch_signals()
+
+
+def catch_signals() -> None:
+  """Catches the signals, but those that nohup or a shell lets be ignored."""
+  for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+    number = getattr(signal, name, None)  # Windows has no SIGHUP
+    if number and signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, lambda number, frame: None)
 
 
 def refuse_arguments(argv: list[str]) -> None:
@@ -157,42 +251,73 @@ def refuse_arguments(argv: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def sole_use(folder: str, wait: bool = False) -> Iterator[None]:
+def sole_use(folder: str, wait: bool = False,
+             cure: str = 'name another folder') -> Iterator[None]:
   """Makes a folder and locks other runs out of it until the block ends.
 
   The lock also ends with the process. A folder that was made here and is still
   empty at the end is removed.
 
+  Args:
+    folder: The folder that the block writes.
+    wait: Whether to wait for another run that uses it.
+    cure: What the user can do when it cannot be written.
+
   Raises:
-    Cifar10Error: Another run uses the folder, and `wait` is not set.
-    OSError: The folder cannot be written.
+    Cifar10Error: Another run uses the folder, another user may have placed it,
+      or the block or this function raised an OSError.
   """
-  with contextlib.ExitStack() as stack:
-    if not os.path.isdir(folder):
-      stack.callback(remove_if_empty, folder)
+  is_new = not os.path.lexists(folder)
+  try:
+    refuse_planted(folder)
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
-      pass  # the folder can be written
-    if fcntl:
-      opened = os.open(folder, os.O_RDONLY)
-      stack.callback(os.close, opened)
-      try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        if not wait:
-          raise Cifar10Error(f'{folder} is in use by another run: wait until '
-                             'it ends, or name another folder') from None
-        print(f'Waiting for another run that uses {folder}.', flush=True)
-        fcntl.flock(opened, fcntl.LOCK_EX)
-      except OSError:
-        pass  # some network file systems have no locks
-    yield
+      pass  # it can be written
+    with contextlib.ExitStack() as stack:
+      if fcntl:
+        opened = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, opened)
+        lock(opened, folder, wait)
+      yield
+  except OSError as error:
+    raise Cifar10Error(f'Cannot write to {folder} ({error.strerror or error}): '
+                       f'{cure}') from None
+  finally:
+    if is_new:
+      with contextlib.suppress(OSError):  # it is not empty, or not there
+        os.rmdir(folder)
 
 
-def remove_if_empty(folder: str) -> None:
-  """Removes a folder unless something is in it."""
-  with contextlib.suppress(OSError):
-    os.rmdir(folder)
+def lock(opened: int, folder: str, wait: bool) -> None:
+  """Locks an open folder; see sole_use."""
+  try:
+    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    if not wait:
+      raise Cifar10Error(f'{folder} is in use by another run: wait until it '
+                         'ends, or name another folder') from None
+    say(f'Waiting for another run that uses {folder}.')
+    fcntl.flock(opened, fcntl.LOCK_EX)
+  except OSError:
+    pass  # some network file systems have no locks
+
+
+def refuse_planted(path: str, may_be_link: bool = True) -> None:
+  """Refuses what another user may have placed for us to write through.
+
+  Raises:
+    Cifar10Error: It belongs to another user in a folder that all users may
+      write, such as /tmp; or it is a link that must not be, or leads nowhere.
+  """
+  if not os.path.lexists(path):
+    return
+  if os.path.islink(path) and not (may_be_link and os.path.exists(path)):
+    kind = 'a link that leads nowhere' if may_be_link else 'a link'
+    raise Cifar10Error(f'{path} is {kind}: remove it, or name another folder')
+  parent = os.stat(os.path.dirname(os.path.abspath(path)))
+  if (parent.st_mode & stat.S_IWOTH
+      and os.lstat(path).st_uid not in (os.geteuid(), parent.st_uid)):
+    raise Cifar10Error(f'{path} belongs to another user: name another folder')
 
 
 def download_and_extract(data_dir: str, data_url: str = DATA_URL,
@@ -206,34 +331,44 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
       long as their sizes and labels are valid.
 
   Raises:
-    Cifar10Error: The archive cannot be fetched, or it or an existing file is
-      wrong.
-    OSError: The folder cannot be written.
+    Cifar10Error: The archive cannot be fetched, it or an existing file is
+      wrong, or the folder cannot be written.
   """
-  folder = os.path.join(data_dir, FOLDER_NAME)
+  folder = batches_folder(data_dir)
   if not unsound_files(folder, skip_checksums):
-    print(f'{folder} is complete, nothing to do.')
+    say(f'{folder} is complete, nothing to do.')
     return
+  if folder == data_dir:
+    data_dir = os.path.dirname(os.path.realpath(folder))
   archive = os.path.join(data_dir, ARCHIVE_NAME)
   # Work in a folder beside the final places: the last step is then a rename,
   # which is done completely or not at all.
   partial = os.path.join(data_dir, '.partial')
   fetched = os.path.join(partial, ARCHIVE_NAME)
-  with sole_use(data_dir, wait=True):
+  with sole_use(data_dir, True, 'make room there, or name another --data_dir'):
     # Look again: another run may have finished while this one waited.
     to_extract = unsound_files(folder, skip_checksums)
+    refuse_planted(partial, may_be_link=False)
     os.makedirs(partial, exist_ok=True)
+    os.chmod(partial, stat.S_IRWXU)  # nobody else can place anything in it now
+    refuse_planted(fetched, may_be_link=False)
     try:
       source = archive
       if not is_right_archive(archive, skip_checksums):
         source = fetched
         fetch_archive(data_url, fetched, archive, skip_checksums)
       with tempfile.TemporaryDirectory(dir=partial) as extracted:
-        extract(source, to_extract, extracted)
-        for name in to_extract:
-          if not is_sound(os.path.join(extracted, name), skip_checksums):
-            raise Cifar10Error(f'{source} holds a damaged {name}: delete the '
-                               'archive and run this again')
+        try:
+          extract(source, to_extract, extracted)
+          for name in to_extract:
+            if not is_sound(os.path.join(extracted, name), skip_checksums):
+              raise Cifar10Error(f'it holds a damaged {name}')
+        except Cifar10Error as error:
+          os.remove(source)
+          origin = shown(data_url) if source == fetched else source
+          raise Cifar10Error(f'The archive from {origin} is removed, {error}: '
+                             'run this again, or name another --data_url'
+                             ) from None
         os.replace(source, archive)
         os.makedirs(folder, exist_ok=True)
         for name in to_extract:
@@ -241,8 +376,28 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
     finally:
       if not os.path.exists(fetched):  # else the next run goes on with it
         shutil.rmtree(partial)
-  print(f'{folder} is complete: {len(TRAIN_FILES) * RECORDS_PER_FILE:,} '
-        f'training and {RECORDS_PER_FILE:,} evaluation records.')
+  say(f'{folder} is complete: {len(TRAIN_FILES) * RECORDS_PER_FILE:,} training '
+      f'and {RECORDS_PER_FILE:,} evaluation records.')
+
+
+def batches_folder(data_dir: str) -> str:
+  """Returns the folder of the six files: `data_dir` itself, or one in it.
+
+  Raises:
+    Cifar10Error: It is a link that leads nowhere.
+  """
+  folder = os.path.join(data_dir, FOLDER_NAME)
+  has_files = any(os.path.exists(os.path.join(data_dir, name))
+                  for name in FILE_SHA256)
+  names = [os.path.basename(path(data_dir))
+           for path in (os.path.abspath, os.path.realpath)]
+  if not os.path.lexists(folder) and (has_files or FOLDER_NAME in names):
+    folder = data_dir
+  for path in (data_dir, folder):
+    if os.path.islink(path) and not os.path.exists(path):
+      raise Cifar10Error(f'{path} is a link that leads nowhere: remove it, or '
+                         'name another --data_dir')
+  return folder
 
 
 def unsound_files(folder: str, skip_checksums: bool) -> list[str]:
@@ -262,14 +417,13 @@ def is_sound(filename: str, skip_checksums: bool) -> bool:
     records = read_records(filename)
   except Cifar10Error:
     return False
-  if len(records) != RECORDS_PER_FILE:
-    return False
   published = FILE_SHA256[os.path.basename(filename)]
-  if not skip_checksums and hashlib.sha256(records).hexdigest() != published:
-    raise Cifar10Error(
-        f'{filename} is not the published file, its SHA-256 differs: move it '
-        'away and run this again')
-  return True
+  if len(records) == RECORDS_PER_FILE and (
+      skip_checksums or hashlib.sha256(records).hexdigest() == published):
+    return True
+  raise Cifar10Error(
+      f'{filename} is not the published file, its SHA-256 differs: it is left '
+      'as it is; move it away and run this again')
 
 
 def is_right_archive(archive: str, skip_checksums: bool) -> bool:
@@ -299,18 +453,25 @@ def fetch_archive(data_url: str, filename: str, archive: str,
   try:
     download(data_url, filename)
   except ConnectionError as error:
+    placed = ('which is there but not the published one'
+              if os.path.exists(archive) else 'and run this again')
     raise Cifar10Error(
-        f'Cannot fetch {data_url} ({error}): try again, or fetch it another '
-        f'way, place it as {archive} and run this again') from None
+        f'Cannot fetch {shown(data_url)} ({error}): try again, or fetch it '
+        f'another way and place it as {archive}, {placed}') from None
   finally:
     show_status()
   if not is_right_archive(filename, skip_checksums):
     os.remove(filename)
     raise Cifar10Error(
-        f'{data_url} gave another archive than the published one, its '
+        f'{shown(data_url)} gave another archive than the published one, its '
         'SHA-256 differs: try again, or see --skip_checksums')
-  print(f'Successfully downloaded {ARCHIVE_NAME} '
-        f'{os.path.getsize(filename)} bytes.')
+  say(f'Successfully downloaded {ARCHIVE_NAME} {os.path.getsize(filename)} '
+      'bytes.')
+
+
+def shown(url: str) -> str:
+  """Returns an address without the user and password in it."""
+  return re.sub(r'//[^/]*@', '//', url)
 
 
 def download(data_url: str, filename: str) -> None:
@@ -327,10 +488,11 @@ def download(data_url: str, filename: str) -> None:
       try:
         for place, data, total in receive(data_url, file.tell()):
           if max(total, place + len(data)) > MAX_ARCHIVE_BYTES:
-            file.truncate(file.seek(0))
+            file.close()
+            os.remove(filename)
             raise Cifar10Error(
-                f'{data_url} gives over {MAX_ARCHIVE_BYTES:,} bytes, more than '
-                'any archive of CIFAR-10: name another --data_url')
+                f'{shown(data_url)} gives over {MAX_ARCHIVE_BYTES:,} bytes, '
+                'more than any archive of CIFAR-10: name another --data_url')
           file.truncate(file.seek(place))
           file.write(data)
           size = place + len(data)
@@ -344,7 +506,7 @@ def download(data_url: str, filename: str) -> None:
         if not waits:
           raise
         show_status()
-        print(f'{error}: trying again in {waits[0]} s', flush=True)
+        say(f'{error}: trying again in {waits[0]} s')
         time.sleep(waits.pop(0))
 
 
@@ -356,12 +518,18 @@ def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
   """
   wanted = {'Range': f'bytes={size}-'} if size else {}
   try:
-    request = urllib.request.Request(data_url, headers=wanted)
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+    request = urllib.request.Request(shown(data_url), headers=wanted)
+    user, _, password = urllib.parse.urlsplit(data_url).netloc.rpartition('@')[
+        0].partition(':')
+    if user:
+      secret = urllib.parse.unquote_to_bytes(f'{user}:{password}')
+      request.add_unredirected_header(  # to no other server
+          'Authorization', 'Basic ' + base64.b64encode(secret).decode())
+    with OPENER.open(request, timeout=TIMEOUT_SECONDS) as response:
       place = size if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
       length = response.headers.get('Content-Length', '')
       total = place + int(length) if length.isdecimal() else 0
-      while data := response.read(CHUNK_BYTES):
+      for data in chunks(response):
         yield place, data, total
         place += len(data)
     if place < max(total, 1):
@@ -371,11 +539,29 @@ def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
     if size and code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
       yield from receive(data_url, 0)  # what the file has is not part of it
       return
-    lasting = (data_url.startswith('file:') or isinstance(error, ValueError)
-               or (code and code < 500 and code not in (408, 429)))
-    reason = error if code else getattr(error, 'reason', error)
+    cause = error if code else getattr(error, 'reason', error)
+    lasting = (
+        data_url.startswith('file:') or (code and code < 500
+                                         and code not in (408, 429))
+        or isinstance(cause, (str, ValueError, socket.gaierror,
+                              ssl.SSLCertVerificationError)))
     kind = ConnectionError if lasting else UnfinishedError
-    raise kind(' '.join(str(reason).split())) from None  # in one line
+    raise kind(reason(cause)) from None
+
+
+def chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+  """Yields the body of a response; gives up a server that is too slow."""
+  data, started = b'', time.monotonic()
+  while piece := response.read1(CHUNK_BYTES - len(data)):
+    data += piece
+    if len(data) == CHUNK_BYTES:
+      yield data
+      data, started = b'', time.monotonic()
+    elif time.monotonic() - started > TIMEOUT_SECONDS:
+      raise UnfinishedError(
+          f'only {len(data):,} bytes came in {TIMEOUT_SECONDS} s')
+  if data:
+    yield data
 
 
 def show_status(text: str = '') -> None:
@@ -383,10 +569,20 @@ def show_status(text: str = '') -> None:
 
   Without a text it clears the line, so that the next output can take its place.
   """
-  if all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr)):
+  if (all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
+      and not in_background()):
     columns = shutil.get_terminal_size().columns - 1
     line = text[:columns].ljust(columns)
-    print(f'\r{line}\r', end='', file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal was closed
+      print(f'\r{line}\r', end='', file=sys.stderr, flush=True)
+
+
+def in_background() -> bool:
+  """Returns whether the terminal belongs to another job, as after `&`."""
+  try:
+    return os.tcgetpgrp(sys.stderr.fileno()) != os.getpgrp()
+  except (OSError, AttributeError):  # not our terminal; Windows
+    return False
 
 
 def extract(archive: str, names: list[str], folder: str) -> None:
@@ -408,7 +604,7 @@ def extract(archive: str, names: list[str], folder: str) -> None:
       stream.seek(0)
       with tarfile.open(None, 'r:', stream) as tar:
         for member in tar:
-          place, name = os.path.split(member.name)
+          place, name = os.path.split(os.path.normpath(member.name))
           if (place == FOLDER_NAME and name in missing and member.isfile()
               and member.size == RECORDS_PER_FILE * RECORD_BYTES):
             with open(os.path.join(folder, name), 'wb') as file:
@@ -416,32 +612,46 @@ def extract(archive: str, names: list[str], folder: str) -> None:
             missing.remove(name)
   except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error,
           ValueError, MemoryError, RecursionError) as error:
-    raise Cifar10Error(f'{archive} is damaged ({error}): delete it and run '
-                       'this again') from None
+    raise Cifar10Error(f'it is damaged ({reason(error)})') from None
   if missing:
-    raise Cifar10Error(f'{archive} lacks a whole {FOLDER_NAME}/{min(missing)}: '
-                       'delete the archive and run this again')
+    raise Cifar10Error(f'it lacks a whole {FOLDER_NAME}/{min(missing)}')
+
+
+class PathParser(flags.ArgumentParser):
+  """Parses the path of a local file or folder, which may begin with ~."""
+
+  def parse(self, argument: str) -> str:
+    path = os.path.expanduser(argument)
+    # TensorFlow's reader of checkpoints takes [ ] * ? \\ for a pattern.
+    if (not path or not path.isprintable() or '://' in path or path[0] == '~'
+        or set(path) & set('[]*?\\')):
+      raise ValueError('must be a local path of printable characters without '
+                       'any of [ ] * ? \\')
+    return path
+
+
+def are_defined(name: str) -> bool:
+  """Returns whether flags are defined already; gives all their defaults again.
+
+  They are where a notebook runs a script twice.
+  """
+  if name in flags.FLAGS:
+    flags.FLAGS.unparse_flags()
+  return name in flags.FLAGS
 
 
 def define_data_dir() -> None:
   """Defines --data_dir, which both scripts have."""
-  flags.DEFINE_string(
-      'data_dir', '/tmp/cifar10_data',
-      f'Folder that contains {ARCHIVE_NAME} and {FOLDER_NAME}/.')
-  register_path_validator('data_dir')
-
-
-def register_path_validator(name: str) -> None:
-  """Makes a flag accept only paths that logs and TensorFlow can handle."""
-  # TensorFlow's reader of checkpoints takes these characters for a pattern.
-  flags.register_validator(
-      name, lambda path: path is None or (
-          path and path.isprintable() and not set(path) & set('[]*?\\')),
-      'must be a path of printable characters without any of [ ] * ? \\')
+  if 'data_dir' in flags.FLAGS:
+    return
+  flags.DEFINE(PathParser(), 'data_dir', '/tmp/cifar10_data',
+               f'Folder that contains {ARCHIVE_NAME} and {FOLDER_NAME}/.')
 
 
 def define_flags() -> None:
   """Defines the flags of this script."""
+  if are_defined('data_url'):
+    return
   define_data_dir()
   flags.DEFINE_string(
       'data_url', DATA_URL, 'https, http or file address of the archive.')
@@ -449,11 +659,6 @@ def define_flags() -> None:
       'skip_checksums', False,
       'Accept files other than the published ones from another --data_url, as '
       'long as their sizes and labels are valid.')
-  flags.register_validator(
-      'data_url',
-      lambda url: (url.isprintable()
-                   and url.startswith(('https://', 'http://', 'file://'))),
-      'must begin with https://, http:// or file://')
   flags.register_multi_flags_validator(
       ['data_url', 'skip_checksums'],
       lambda values: (not values['skip_checksums']
@@ -463,9 +668,13 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   values = flags.FLAGS
-  with errors_in_one_line(
-      values.data_dir, 'make room there, or name another --data_dir'):
+  with errors_in_one_line():
     refuse_arguments(argv)
+    # Not checked by the flag: its error would show a password in the address.
+    if not (values.data_url.isprintable()
+            and values.data_url.startswith(('https://', 'http://', 'file://'))):
+      raise Cifar10Error('--data_url must begin with https://, http:// or '
+                         'file://')
     download_and_extract(
         values.data_dir, values.data_url, values.skip_checksums)
 

@@ -25,7 +25,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -41,7 +40,8 @@ if __name__ == '__main__':
   # Silence TensorFlow's own log: its errors reach us as exceptions.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   # Until there is something to save, Ctrl-C simply ends the process.
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   # TensorFlow prints some notices before it reads that level.
   if sys.stderr:
     stderr = os.dup(2)
@@ -74,23 +74,21 @@ NUM_VIEWS = NUM_CORNERS * NUM_CORNERS * 2  # crops of an image, flipped or not
 SHUFFLE_RECORDS = int(NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN * 0.4)  # + 3 batches
 PARALLEL_BATCHES = 4  # prepared at a time: over 100,000 images/s on two cores
 PREFETCH_BATCHES = 2  # kept ready, in addition to those
-
 WEIGHT_DECAY = 2e-4
 MOMENTUM = 0.9
 INITIAL_LEARNING_RATE = 0.1  # for a batch of 128; scales with the batch size
 LEARNING_RATE_EPOCHS = (100, 150, 200)  # after these it drops
 LEARNING_RATE_DECAYS = (1, 0.1, 0.01, 0.001)  # factor before and after each
-
 DTYPES = {'fp32': tf.float32, 'bf16': tf.bfloat16, 'fp16': tf.float16}
 # Keeps small gradients above fp16's smallest number. Without it they are wrong
 # by up to 40 %; with any scale from 128 to 2**18 by 5 %, like bf16's.
 FP16_LOSS_SCALE = 128
 WHEN_NOT_FINITE = (', nothing of it is saved: the learning rate is 0.1 * '
                    'batch_size / 128, try a smaller --batch_size')
-
 LOG_STEPS = 100  # steps between two log lines
 PIECE_SECONDS = 1  # training time between two looks at clock and signals
 KEEP_CHECKPOINTS = 5
+MAX_STEPS = 10**15
 NUM_SUMMARY_IMAGES = 6
 
 
@@ -114,10 +112,9 @@ class Settings:
 def filenames(mode: str, data_dir: str) -> list[str]:
   """Returns the paths of the record files for 'train', 'eval' or 'infer'."""
   cifar10.check_mode(mode)
-  if os.path.basename(os.path.abspath(data_dir)) != cifar10.FOLDER_NAME:
-    data_dir = os.path.join(data_dir, cifar10.FOLDER_NAME)
+  folder = cifar10.batches_folder(data_dir)
   names = cifar10.TRAIN_FILES if mode == 'train' else [cifar10.TEST_FILE]
-  return [os.path.join(data_dir, name) for name in names]
+  return [os.path.join(folder, name) for name in names]
 
 
 def record_dataset(
@@ -129,7 +126,6 @@ def record_dataset(
   It shuffles and shares out numbers; images move only when they are gathered.
 
   Args:
-    num_records: Number of records to draw from.
     mode: 'train': shuffled, without end; else in order, the last batch short.
     batch_size: Records per batch.
     seed: With the step, determines a batch wherever training began.
@@ -256,7 +252,6 @@ def cifar10_model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
     features: Standardized images, float32 [N, 32, 32, 3].
     labels: One-hot, float32 [N, 10]; not used in mode 'infer'.
     mode: 'train', which updates the moving averages, 'eval' or 'infer'.
-    network: What computes the logits.
 
   Returns:
     classes, int64 [N]; probabilities, float32 [N, 10]. Unless the mode is
@@ -320,9 +315,8 @@ def make_state(resnet_size: int, data_format: str | None = None,
     raise Cifar10Error(f'--{flag} does not run on this device: leave it out')
   if seed is None:
     seed = np.random.SeedSequence().generate_state(1).item()
-  tf.keras.utils.set_random_seed(seed)
   network = resnet_model.cifar10_resnet_v2_generator(
-      resnet_size, NUM_CLASSES, data_format, DTYPES[dtype])
+      resnet_size, NUM_CLASSES, data_format, DTYPES[dtype], seed)
   return TrainState(network, seed)
 
 
@@ -336,8 +330,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Returns the steps of all checkpoints, damaged ones too, newest first."""
-    # Not from the list in `checkpoint`: in a folder that was moved or copied it
-    # may name the old place.
+    # Not from the list in `checkpoint`: a copied one may name the old place.
     pattern = re.compile(
         re.escape(self._prefix) + r'-(\d+)\.(index|data-\d+-of-\d+)')
     found = map(pattern.fullmatch, glob.glob(glob.escape(self._prefix) + '-*'))
@@ -345,18 +338,20 @@ class Checkpoints:
 
   def read_newest(self) -> dict[str, np.ndarray]:
     """Returns the values of the newest whole checkpoint, {} in a new folder."""
-    steps = self.steps()
-    for step in steps:
-      path = f'{self._prefix}-{step}'
+    # By their contents: a renamed file must not be gone back to for ever.
+    steps = sorted(self.steps(), key=lambda step: resnet_model.step_inside(
+        f'{self._prefix}-{step}', step))
+    while steps:
+      path = f'{self._prefix}-{steps.pop()}'
       logging.info('Restoring parameters from %s', path)
       try:
         values = resnet_model.read_checkpoint(path)
         self.newest = path
         return values
       except resnet_model.READ_ERRORS as error:
-        logging.warning('%s is damaged (%s): trying the one before', path,
-                        reason(error))
-    if steps and steps[0] > 0:  # without the one of step 0, nothing is lost
+        logging.warning('%s is damaged (%s)%s', path, reason(error),
+                        ': trying the one before' if steps else '')
+    if any(self.steps()):  # without the one of step 0, nothing is lost
       raise Cifar10Error(
           f'{self._model_dir} holds no checkpoint that is not damaged: move '
           'model.ckpt-* away to start anew, or name another --model_dir')
@@ -385,6 +380,8 @@ class Checkpoints:
             'go on from the one before, or name another --model_dir')
     for variable in state.variables:
       variable.assign(values[tf1_name(variable)])
+    if not path.endswith(f'-{values["global_step"]}'):
+      logging.warning('%s is of step %d', path, values['global_step'])
 
   def save(self, state: TrainState) -> None:
     """Saves a checkpoint; afterwards deletes all but this port's newest five.
@@ -547,7 +544,6 @@ def make_inner_loop(state: TrainState, batch_size: int,
           strategy.run(step, next(iterator)))
       finite_steps += tf.cast(tf.math.is_finite(values['loss']), tf.int64)
     return {**values, 'finite_steps': finite_steps}
-
   return inner_loop
 
 
@@ -603,18 +599,18 @@ def make_eval_step(network: Cifar10ResnetV2) -> Callable:
         tf.argmax(labels, axis=1), outputs['classes'], NUM_CLASSES,
         dtype=tf.int64)
     return loss + outputs['loss'], confusion_matrix + matrix
-
   return eval_step
 
 
 def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
-             step: int) -> tuple[dict[str, float], np.ndarray]:
+             step: int, interrupted: Callable[[], bool] = lambda: False
+             ) -> tuple[dict[str, float], np.ndarray] | None:
   """Evaluates the network, saved as `path` at a step; prints the results.
 
   Returns:
-    The results: accuracy over all images; loss, the mean over the batches, in
-    which the short last one counts like the others; global_step. And of each
-    label's images (row), the share given each class (column), float [10, 10].
+    None if interrupted; else accuracy over all images, loss, the mean over the
+    batches, in which the short last one counts like the others, global_step;
+    and of each label's images (row), the share given each class, [10, 10].
   """
   logging.info('Starting evaluation at %s', time.strftime('%Y-%m-%dT%H:%M:%S'))
   # The variables are in memory already, but people search logs for this line.
@@ -623,6 +619,8 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
   iterator, num_batches = iter(prefetch_to_gpu(dataset)), len(dataset)
   loss, matrix = tf.zeros([]), tf.zeros([NUM_CLASSES] * 2, tf.int64)
   for batch in range(num_batches):
+    if interrupted():
+      return None
     cifar10.show_status(f'Evaluating batch {batch + 1} of {num_batches}')
     loss, matrix = eval_step(iterator, loss, matrix)
   loss, matrix = (loss / num_batches).numpy(), matrix.numpy()  # waits
@@ -633,7 +631,7 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
   results['global_step'] = step
   logging.info('Saving dict for global step %d: %s', step, ', '.join(
       f'{name} = {results[name]}' for name in sorted(results)))
-  print(results, flush=True)
+  cifar10.say(str(results))
   return results, matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
 
 
@@ -665,29 +663,37 @@ def evaluate_only(settings: Settings) -> None:
       make_eval_step(state.network), dataset, checkpoints.newest,
       state.global_step.numpy().item())
   for name, accuracy in zip(cifar10.CLASSES, shares.diagonal()):
-    print(f'{name:10} {accuracy:.4f}')
+    cifar10.say(f'{name:10} {accuracy:.4f}')
 
 
 def export(settings: Settings, export_dir: str) -> None:
   """Writes the newest checkpoint as a SavedModel, complete in itself.
 
   Of raw images, uint8 [N, 32, 32, 3], it gives classes, int64 [N], class_names,
-  string [N], and probabilities, float32 [N, 10].
+  string [N], and probabilities, float32 [N, 10]; by its signature
+  `standardized`, of standardized ones, float32, which can be quantized.
   """
   # Not every device has convolutions with the channels first.
   state, checkpoints = open_model(
       dataclasses.replace(settings, data_format='channels_last'))
 
-  @tf.function(input_signature=[
-      tf.TensorSpec([None, HEIGHT, WIDTH, DEPTH], tf.uint8, 'images')])
-  def classify(images):
-    images = tf.image.per_image_standardization(images)
-    outputs = cifar10_model_fn(images, None, 'infer', state.network)
-    names = tf.gather(cifar10.CLASSES, outputs['classes'])
-    return {**outputs, 'class_names': names}
+  def classifier(dtype, prepare):
+    shape = [None, HEIGHT, WIDTH, DEPTH]
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, dtype, 'images')])
+    def classify(images):
+      # An error here; in the convolution, the process would be aborted.
+      images = prepare(tf.ensure_shape(images, shape))
+      outputs = cifar10_model_fn(images, None, 'infer', state.network)
+      names = tf.gather(cifar10.CLASSES, outputs['classes'])
+      return {**outputs, 'class_names': names}
+    return classify
 
   try:
-    tf.saved_model.save(state.network, export_dir, classify)
+    tf.saved_model.save(state.network, export_dir, {
+        'serving_default': classifier(
+            tf.uint8, tf.image.per_image_standardization),
+        'standardized': classifier(tf.float32, tf.identity)})
   except (OSError, tf.errors.OpError) as error:
     shutil.rmtree(export_dir, ignore_errors=True)  # a part of it
     raise Cifar10Error(
@@ -696,27 +702,29 @@ def export(settings: Settings, export_dir: str) -> None:
   logging.info('Exported %s to %s', checkpoints.newest, export_dir)
 
 
-def train_and_evaluate(settings: Settings, interrupted=lambda: False) -> bool:
-  """Trains and evaluates in turn, up to `train_steps` steps in total.
+def train_and_evaluate(
+    settings: Settings,
+    interrupted: Callable[[], bool] | None = None) -> bool:
+  """Trains and evaluates, up to `train_steps`; returns False if interrupted.
 
   Goes on from the newest checkpoint in `model_dir`. In the scope of a
   tf.distribute strategy, all its replicas share each batch.
 
   Args:
     settings: What to do.
-    interrupted: Function that tells, once a second, whether to save and end.
-
-  Returns:
-    Whether the run is finished: False if it was interrupted.
+    interrupted: Tells, once a second, whether to save and end. By default, the
+      first KeyboardInterrupt does (a notebook's stop button).
 
   Raises:
-    Cifar10Error: Data, checkpoint or loss are not as they should be.
-    OSError: The model folder cannot be written.
+    Cifar10Error: Data, checkpoint, loss or folder are not as they should be.
   """
   eval_data = input_fn('eval', settings.data_dir, settings.batch_size,
                        settings.use_synthetic_data)
-  with (cifar10.sole_use(settings.model_dir) if is_chief()
-        else contextlib.nullcontext()):
+  with contextlib.ExitStack() as stack:
+    if is_chief():
+      stack.enter_context(cifar10.sole_use(
+          settings.model_dir, cure='name another --model_dir'))
+    interrupted = interrupted or stack.enter_context(cifar10.stop_button())
     state, checkpoints = open_model(settings)
     seed, step = state.seed.numpy().item(), state.global_step.numpy().item()
     if settings.seed not in (None, seed):
@@ -736,19 +744,24 @@ def train_and_evaluate(settings: Settings, interrupted=lambda: False) -> bool:
       tf.summary.text('run', '\n'.join(['| | |', '|---|---|', *(
           f'| {name} | {value} |' for name, value in facts.items())]))
     eval_step = make_eval_step(state.network)
+
+    def evaluate_now(path, step):
+      evaluation = evaluate(eval_step, eval_data, path, step, interrupted)
+      if evaluation:
+        write_evaluation(eval_writer, *evaluation)
+      return bool(evaluation)
+
     if checkpoints.newest is None:
       checkpoints.save(state)
     return run_cycles(
-        settings, state, train_data, interrupted, checkpoints,
-        lambda path, step: write_evaluation(
-            eval_writer, *evaluate(eval_step, eval_data, path, step)),
+        settings, state, train_data, interrupted, checkpoints, evaluate_now,
         [log_values, functools.partial(write_summaries, train_writer)])
 
 
 def run_cycles(
     settings: Settings, state: TrainState, train_data: Iterable,
     interrupted: Callable[[], bool], checkpoints: Checkpoints | None = None,
-    evaluate_now: Callable[[str, int], None] | None = None,
+    evaluate_now: Callable[[str, int], bool] = lambda path, step: True,
     hooks: Iterable[Callable[[int, dict], None]] = ()) -> bool:
   """Trains, logs, evaluates and saves; returns False if it was interrupted.
 
@@ -768,8 +781,11 @@ def run_cycles(
     # At the start too: a run killed at the end of a cycle owes its evaluation.
     in_cycle = step % settings.steps_per_eval
     done = step >= settings.train_steps
-    if evaluate_now and (done or (step and not in_cycle)):
-      evaluate_now(checkpoints.newest, step)
+    if done or (step and not in_cycle):
+      path = checkpoints and checkpoints.newest
+      if total(int(not evaluate_now(path, step))):
+        logging.warning('Stopped: the same command evaluates step %d', step)
+        return False
     if done:
       return True
     if not in_cycle:  # as in the original, anew in each cycle
@@ -792,7 +808,7 @@ def run_cycles(
     step += num_steps
     seconds = (now - started) / num_steps
     if num_steps == to_next_log:
-      # As in the original, the mean over the logged batches of this cycle.
+      # As in the original, of this cycle's logged batches only.
       correct, seen = state.train_accuracy.assign_add(
           [values['correct'], settings.batch_size]).numpy()
       values['train_accuracy'] = np.float32(correct / seen)
@@ -860,10 +876,9 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
   tf.config.set_visible_devices(gpus, 'GPU')
   try:
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-    machines = sum(map(len, resolver.cluster_spec().as_dict().values()))
-    if machines > 1:
+    if sum(map(len, resolver.cluster_spec().as_dict().values())) > 1:
       return tf.distribute.MultiWorkerMirroredStrategy(resolver)
-  except (ValueError, TypeError, KeyError, AttributeError,
+  except (ValueError, TypeError, LookupError, AttributeError,
           tf.errors.OpError) as error:
     raise Cifar10Error('TF_CONFIG names no cluster of workers '
                        f'({reason(error)}): correct or unset it') from None
@@ -908,10 +923,12 @@ def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
 
 def define_flags() -> None:
   """Defines the flags of this script."""
+  if cifar10.are_defined('model_dir'):
+    return
   cifar10.define_data_dir()
   flags.declare_key_flag('data_dir')  # for --help to list it here too
-  flags.DEFINE_string(
-      'model_dir', Settings.model_dir,
+  flags.DEFINE(
+      cifar10.PathParser(), 'model_dir', Settings.model_dir,
       'Folder of checkpoints and TensorBoard events. With synthetic data the '
       'default has _synthetic at the end.')
   flags.DEFINE_integer(
@@ -923,9 +940,9 @@ def define_flags() -> None:
       lambda size: size is None or resnet_model.is_resnet_size(size),
       'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')
   flags.DEFINE_integer('train_steps', Settings.train_steps,
-                       'Training steps (batches) in total.', 1)
+                       'Training steps (batches) in total.', 1, MAX_STEPS)
   flags.DEFINE_integer('steps_per_eval', Settings.steps_per_eval,
-                       'Training steps between evaluations.', 1)
+                       'Training steps between evaluations.', 1, MAX_STEPS)
   flags.DEFINE_integer(
       'batch_size', Settings.batch_size, 'Images per batch. The learning rate '
       'scales with it.', 1, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
@@ -949,10 +966,8 @@ def define_flags() -> None:
                     'Train and evaluate on generated images: no data needed.')
   flags.DEFINE_bool('eval_only', False, 'Only evaluate the newest checkpoint; '
                     'prints the accuracy of each class.')
-  flags.DEFINE_string('export_dir', None, 'New folder for a SavedModel, '
-                      'written at the end, or at once with --eval_only.')
-  for name in ('model_dir', 'export_dir'):
-    cifar10.register_path_validator(name)
+  flags.DEFINE(cifar10.PathParser(), 'export_dir', None, 'New folder for a '
+               'SavedModel, written at the end, or at once with --eval_only.')
 
 
 def settings_from(values: flags.FlagValues) -> Settings:
@@ -965,32 +980,20 @@ def settings_from(values: flags.FlagValues) -> Settings:
   return Settings(**given)
 
 
-def note_signals() -> list[int]:
-  """Returns a list for the first SIGTERM or SIGINT; a second ends at once."""
-  noted = []
-  receiver, sender = socket.socketpair()
-
-  def wait():
-    noted.extend(receiver.recv(1))
-    logging.warning('Stopping, to save first. A second signal ends at once')
-    os._exit(128 + receiver.recv(1)[0])
-
-  # In a thread, since Python handles no signal in the main one until TensorFlow
-  # returns. The handlers have nothing left to do.
-  threading.Thread(target=wait, daemon=True).start()
-  sender.setblocking(False)
-  signal.set_wakeup_fd(sender.detach())
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: None)
-  return noted
-
-
 def log_filter(record: python_logging.LogRecord) -> bool:
   """Drops TensorFlow's notices; clears the status line for all other lines."""
   if record.levelname == 'INFO' and record.pathname != __file__:
     return False
   cifar10.show_status()
   return True
+
+
+def warn_of_idle_gpu() -> None:
+  """Logs what to install if TensorFlow cannot use a GPU that is there."""
+  if resnet_model.has_idle_gpu():
+    logging.warning(
+        'TensorFlow cannot use the GPU of this machine, its libraries are '
+        'missing or do not fit: pip install "tensorflow[and-cuda]" brings them')
 
 
 def run(settings: Settings, values: flags.FlagValues,
@@ -1002,10 +1005,8 @@ def run(settings: Settings, values: flags.FlagValues,
   if not chief:
     logging.warning('The first machine logs, saves and prints')
     logging.set_verbosity(min(logging.get_verbosity(), logging.WARNING))
-  if values.num_gpus != 0 and resnet_model.has_idle_gpu():
-    logging.warning(
-        'TensorFlow cannot use the GPU of this machine, its libraries are '
-        'missing or do not fit: pip install "tensorflow[and-cuda]" brings them')
+  if values.num_gpus != 0:  # beside the rest, since the driver's tool may hang
+    threading.Thread(target=warn_of_idle_gpu, daemon=True).start()
   export_dir = values.export_dir if chief else None
   if export_dir and os.path.lexists(export_dir):
     raise Cifar10Error(f'--export_dir={export_dir} is there already: name a '
@@ -1033,16 +1034,15 @@ def main(argv: list[str]) -> int:
       python_logging.Formatter('%(levelname)s:tensorflow:%(message)s'))
   if values.seed is not None:
     tf.config.experimental.enable_op_determinism()
-  settings, strategy = settings_from(values), None
-  with cifar10.errors_in_one_line(
-      settings.model_dir, 'name another --model_dir'):
+  settings, strategy, stop = settings_from(values), None, cifar10.StopRequest()
+  with cifar10.errors_in_one_line():
     cifar10.refuse_arguments(argv)
     try:
+      cifar10.receive_signals(stop)
       strategy = make_strategy(values.num_gpus)
-      signals = note_signals()  # after a cluster, which handles SIGTERM itself
-      if run(settings, values, strategy, lambda: bool(signals)) and not signals:
-        return 0
-      return 128 + (signals or [signal.SIGTERM])[0]
+      cifar10.catch_signals()  # again: a cluster's own handling hangs
+      finished = run(settings, values, strategy, stop)
+      return 128 + stop.signal if stop.signal else 0 if finished else 143
     except tf.errors.ResourceExhaustedError:
       raise Cifar10Error('The device has too little memory: try a smaller '
                          '--batch_size') from None

@@ -15,6 +15,7 @@ be restored into the wrong layers.
 import collections
 from collections.abc import Iterable
 import os
+import random
 import shutil
 import subprocess
 
@@ -23,6 +24,7 @@ import tensorflow as tf
 
 BATCH_NORM_DECAY = 0.997
 BATCH_NORM_EPSILON = 1e-5
+TRUNCATED_DEVIATION = 0.87962566103423978  # of a normal cut at two deviations
 NUM_CHANNELS = 3  # red, green, blue
 BLOCK_LAYERS = ((16, 1), (32, 2), (64, 2))  # filters, strides; [1]
 # What reading a damaged checkpoint raises.
@@ -69,17 +71,12 @@ class BatchNormRelu(tf.Module):
 class Conv2dFixedPadding(tf.Module):
   """Convolution without bias; the padding depends only on the kernel size."""
 
-  def __init__(self, in_channels: int, filters: int, kernel_size: int,
-               strides: int, data_format: str, name: str):
+  def __init__(self, kernel: tf.Tensor, strides: int, data_format: str,
+               name: str):
     super().__init__()
     self._strides = strides
     self._data_format = data_format
-    # Corrects for the truncation, as TensorFlow has done since mid-2018.
-    initializer = tf.keras.initializers.VarianceScaling(
-        scale=1.0, mode='fan_in', distribution='truncated_normal')
-    self.kernel = tf.Variable(
-        initializer([kernel_size, kernel_size, in_channels, filters]),
-        name=f'{name}/kernel')
+    self.kernel = tf.Variable(kernel, name=f'{name}/kernel')
 
   def __call__(self, inputs: tf.Tensor) -> tf.Tensor:
     padding = 'SAME'
@@ -93,9 +90,10 @@ class Conv2dFixedPadding(tf.Module):
 class LayerFactory:
   """Makes layers, named as TensorFlow 1 did: conv2d, conv2d_1, conv2d_2, ..."""
 
-  def __init__(self, data_format: str):
+  def __init__(self, data_format: str, seed: int):
     self._data_format = data_format
     self._counts = collections.Counter()
+    self._random = random.Random(seed)
 
   def batch_norm_relu(self, channels: int) -> BatchNormRelu:
     return BatchNormRelu(
@@ -103,8 +101,24 @@ class LayerFactory:
 
   def conv2d(self, in_channels: int, filters: int, kernel_size: int,
              strides: int) -> Conv2dFixedPadding:
-    return Conv2dFixedPadding(in_channels, filters, kernel_size, strides,
-                              self._data_format, self._next_name('conv2d'))
+    # Variance 1 / fan-in, corrected for the truncation at two deviations, which
+    # leaves 0.88 of it. TensorFlow has corrected this since mid-2018.
+    deviation = (kernel_size**2 * in_channels) ** -0.5 / TRUNCATED_DEVIATION
+    kernel = tf.random.stateless_truncated_normal(
+        [kernel_size, kernel_size, in_channels, filters], self._next_seed(),
+        stddev=deviation)
+    return Conv2dFixedPadding(kernel, strides, self._data_format,
+                              self._next_name('conv2d'))
+
+  def _next_seed(self):
+    # As Keras did in earlier versions, so that a seed gives the same values.
+    return [self._random.randint(1, 10**9), 0]
+
+  def dense_kernel(self, in_channels: int, units: int) -> tf.Tensor:
+    """Returns initial values, Glorot uniform."""
+    limit = (6 / (in_channels + units)) ** 0.5
+    return tf.random.stateless_uniform(
+        [in_channels, units], self._next_seed(), -limit, limit)
 
   def _next_name(self, name):
     count = self._counts[name]
@@ -144,12 +158,12 @@ class Cifar10ResnetV2(tf.Module):
   """The network of cifar10_resnet_v2_generator."""
 
   def __init__(self, resnet_size: int, num_classes: int, data_format: str,
-               dtype: tf.DType):
+               dtype: tf.DType, seed: int):
     super().__init__()
     self.resnet_size = resnet_size
     self.data_format = data_format
     self.dtype = dtype
-    make = LayerFactory(data_format)
+    make = LayerFactory(data_format, seed)
     channels = BLOCK_LAYERS[0][0]
     self.initial_conv = make.conv2d(NUM_CHANNELS, channels, 3, 1)
     self.blocks = []
@@ -161,8 +175,7 @@ class Cifar10ResnetV2(tf.Module):
       channels = filters
     self.final_batch_norm_relu = make.batch_norm_relu(channels)
     self.kernel = tf.Variable(
-        tf.keras.initializers.GlorotUniform()([channels, num_classes]),
-        name='dense/kernel')
+        make.dense_kernel(channels, num_classes), name='dense/kernel')
     self.bias = tf.Variable(tf.zeros([num_classes]), name='dense/bias')
 
   def __repr__(self):
@@ -244,6 +257,15 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
           for name, key in checkpoint_keys(path).items()}
 
 
+def step_inside(path: str, otherwise: int) -> int:
+  """Returns the global_step in a checkpoint, or the other one if damaged."""
+  try:
+    key = checkpoint_keys(path)['global_step']
+    return int(tf.train.load_checkpoint(path).get_tensor(key))
+  except (*READ_ERRORS, TypeError):
+    return otherwise
+
+
 def has_convolutions(data_format: str | None, dtype: tf.DType) -> bool:
   """Returns whether the device can run convolutions of this kind."""
   one = tf.ones([1, 1, 1, 1], dtype)
@@ -260,15 +282,18 @@ def has_idle_gpu() -> bool:
       or not tf.test.is_built_with_cuda() or not shutil.which('nvidia-smi')
       or os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1')):
     return False
-  listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True,
-                          check=False).stdout
-  return listed.startswith('GPU ')
+  try:
+    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True,
+                            check=False, timeout=30).stdout
+  except (OSError, subprocess.SubprocessError):
+    return False
+  return listed.startswith(b'GPU ')
 
 
 def cifar10_resnet_v2_generator(
     resnet_size: int, num_classes: int,
-    data_format: str | None = None,
-    dtype: tf.DType = tf.float32) -> Cifar10ResnetV2:
+    data_format: str | None = None, dtype: tf.DType = tf.float32,
+    seed: int | None = None) -> Cifar10ResnetV2:
   """Builds a pre-activation ResNet [2] with initial values.
 
   Args:
@@ -279,6 +304,7 @@ def cifar10_resnet_v2_generator(
     dtype: Number type of the convolutions: float32, bfloat16 or float16. The
       variables, batch norm's statistics, the mean over the image and the logits
       are always float32.
+    seed: Seed of the initial values; a random one by default.
 
   Returns:
     The network: `network(inputs, training) -> logits`.
@@ -297,4 +323,6 @@ def cifar10_resnet_v2_generator(
   if data_format not in LAYOUTS:
     raise ValueError("data_format must be 'channels_first' or 'channels_last', "
                      f'not {data_format!r}')
-  return Cifar10ResnetV2(resnet_size, num_classes, data_format, dtype)
+  if seed is None:
+    seed = np.random.SeedSequence().generate_state(1).item()
+  return Cifar10ResnetV2(resnet_size, num_classes, data_format, dtype, seed)

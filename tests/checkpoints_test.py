@@ -98,6 +98,35 @@ def test_size_is_in_the_checkpoint(data_dir, tmp_path, capsys):
   assert state.network.resnet_size == 32
 
 
+def test_renamed_checkpoint(tmp_path, log):
+  """Its contents decide, and it is not gone back to when there are newer ones.
+  """
+  state = make_state()
+  for step in (3, 5):
+    state.global_step.assign(step)
+    save(tmp_path, state)
+  for ending in ('index', 'data-00000-of-00001'):
+    (tmp_path / f'model.ckpt-5.{ending}').rename(
+        tmp_path / f'model.ckpt-9.{ending}')
+  assert restore(tmp_path, state).endswith('-9')
+  assert log[-1] == f'{tmp_path}/model.ckpt-9 is of step 5'
+  assert state.global_step == 5
+  state.global_step.assign(6)
+  save(tmp_path, state)
+  assert restore(tmp_path, state).endswith('-6')
+
+
+def test_only_checkpoint_that_is_damaged(tmp_path, log):
+  state = make_state()
+  state.global_step.assign(4)
+  save(tmp_path, state)
+  cut(tmp_path / 'model.ckpt-4.index')
+  with pytest.raises(Cifar10Error, match='holds no checkpoint that is not'):
+    restore(tmp_path, state)
+  assert 'is damaged' in log[-1]
+  assert 'trying' not in log[-1]
+
+
 def test_no_checkpoint_to_evaluate(data_dir, tmp_path):
   with pytest.raises(Cifar10Error, match='holds no checkpoint to evaluate'):
     evaluate_only(data_dir, tmp_path / 'model')

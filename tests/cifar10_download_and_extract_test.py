@@ -472,7 +472,8 @@ def test_unverified_rests_are_not_gone_on_with(
 def test_full_disk(small_disk, files, archive, server, kilobytes):
   """Of 151 KiB to download and 180 to unpack."""
   data_dir = small_disk(kilobytes) / 'data'
-  with pytest.raises(OSError, match='No space left'):
+  with pytest.raises(Cifar10Error, match=(
+      rf'Cannot write to {data_dir} \(No space left on device\): make room')):
     cifar10.download_and_extract(str(data_dir), server.url)
   assert not visible(data_dir)
   small_disk(kilobytes=1000)
@@ -535,6 +536,186 @@ def test_two_downloads_at_once(data_dir, files, archive, server):
   assert_complete(data_dir, files, archive)
   waited = ['Waiting for another run' in printed for printed, _ in outputs]
   assert sorted(waited) == [False, True, True]
+
+
+def test_own_data_are_left_alone(data_dir, files, archive):
+  """Whole records that are not the published ones, whatever their number."""
+  folder = data_dir / cifar10.FOLDER_NAME
+  folder.mkdir(parents=True)
+  own = folder / 'data_batch_2.bin'
+  own.write_bytes(files['data_batch_2.bin'][:3 * cifar10.RECORD_BYTES])
+  before = contents(data_dir)
+  for skip_checksums in (False, True):
+    with pytest.raises(Cifar10Error, match=f'{own} is not the published file'):
+      run(data_dir, archive, skip_checksums=skip_checksums)
+    assert contents(data_dir) == before
+
+
+@pytest.mark.parametrize('path', ['data/{}', 'link'])
+def test_data_dir_may_be_the_batches_folder(
+    tmp_path, data_dir, files, archive, path):
+  """Also before it has any file, and behind a link of another name."""
+  path = tmp_path / path.format(cifar10.FOLDER_NAME)
+  if path.name == 'link':
+    (data_dir / cifar10.FOLDER_NAME).mkdir(parents=True)
+    path.symlink_to(data_dir / cifar10.FOLDER_NAME)
+  run(path, archive)
+  assert_complete(data_dir, files, archive)
+  assert cifar10.batches_folder(str(path)) == str(path)
+  assert cifar10.batches_folder(str(data_dir)) == str(
+      data_dir / cifar10.FOLDER_NAME)
+
+
+@pytest.mark.parametrize('name', ['data', f'data/{cifar10.FOLDER_NAME}'])
+def test_link_that_leads_nowhere(tmp_path, data_dir, files, server, name):
+  """It is found before anything is fetched."""
+  link = tmp_path / name
+  link.parent.mkdir(exist_ok=True)
+  link.symlink_to(tmp_path / 'nothing')
+  with pytest.raises(Cifar10Error, match=f'{link} is a link that leads now'):
+    cifar10.download_and_extract(str(data_dir), server.url)
+  assert not server.ranges
+
+
+@pytest.mark.parametrize(
+    'name', ['.partial', f'.partial/{cifar10.ARCHIVE_NAME}'])
+def test_link_that_somebody_planted(tmp_path, data_dir, files, archive, name):
+  """Nothing is written through it."""
+  victim = tmp_path / 'victim'
+  (data_dir / name).parent.mkdir(parents=True)
+  if name == '.partial':
+    victim.mkdir()
+    (victim / 'file').write_text('precious')
+  else:
+    victim.write_text('precious')
+  (data_dir / name).symlink_to(victim)
+  before = contents(tmp_path)
+  with pytest.raises(Cifar10Error, match=f'{name} is a link: remove it'):
+    run(data_dir, archive)
+  assert contents(tmp_path) == before
+
+
+def test_folder_of_another_user(
+    tmp_path, data_dir, files, archive, monkeypatch):
+  """Where all users may write, such as in /tmp, another one may have put it."""
+  data_dir.mkdir()
+  tmp_path.chmod(0o1777)
+  owner = data_dir.stat().st_uid
+  monkeypatch.setattr(cifar10.os, 'geteuid', lambda: owner + 1)
+  real_stat = os.stat
+  monkeypatch.setattr(cifar10.os, 'stat', lambda path, **kwargs: (
+      os.stat_result([*real_stat(path, **kwargs)[:4], owner + 2,
+                      *real_stat(path, **kwargs)[5:]])
+      if path == str(tmp_path) else real_stat(path, **kwargs)))
+  with pytest.raises(Cifar10Error, match=f'{data_dir} belongs to another user'):
+    run(data_dir, archive)
+  assert not contents(data_dir)
+
+
+def test_archive_of_the_folder_packed_from_inside(data_dir, files, archive):
+  """As `tar -C D -czf x.tgz .` makes it: its names begin with ./."""
+  make_archive(archive, files, folder=f'./{cifar10.FOLDER_NAME}')
+  run(data_dir, archive, skip_checksums=True)
+  assert_complete(data_dir, files, archive)
+
+
+def test_refused_archive_is_removed(data_dir, files, archive):
+  make_archive(archive, {'test_batch.bin': files['test_batch.bin']})
+  data_dir.mkdir()
+  placed = data_dir / cifar10.ARCHIVE_NAME
+  placed.write_bytes(archive.read_bytes())
+  for origin in (placed, archive.as_uri()):
+    with pytest.raises(Cifar10Error, match=(
+        f'The archive from {origin} is removed, it lacks a whole')):
+      run(data_dir, archive, skip_checksums=True)
+    assert not contents(data_dir)
+
+
+def test_placed_archive_is_mentioned(data_dir, files, monkeypatch):
+  data_dir.mkdir()
+  placed = data_dir / cifar10.ARCHIVE_NAME
+  placed.write_bytes(b'not the published one')
+  with pytest.raises(Cifar10Error, match=(
+      f'Cannot fetch .* place it as {placed}, which is there but not the')):
+    cifar10.download_and_extract(str(data_dir), 'file:///no/such/file')
+  assert placed.exists()
+
+
+def reason_with_escapes(request):
+  request.send_response(403, '\x1b[2J\x1b]0;title\x07' + 'x' * 60000)
+  request.end_headers()
+
+
+def to_ftp(request):
+  request.answer(302, Location='ftp://127.0.0.1/archive.tar.gz')
+
+
+def drops(request):
+  """A byte now and then, for ever."""
+  request.answer(200, Content_Length=1000)
+  for _ in range(50):
+    request.wfile.write(b'x')
+    request.wfile.flush()
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize(('behaviour', 'message', 'attempts'), [
+    (reason_with_escapes, r'Cannot fetch .* \(HTTP Error 403: [?].*x\)', 1),
+    (to_ftp, r'Cannot fetch .* \(unknown url type: ftp\)', 1),
+    (drops, r'Cannot fetch .* \(only \d+ bytes came in', 4),
+])
+def test_server_that_cannot_be_trusted(
+    data_dir, files, server, capsys, behaviour, message, attempts):
+  server.behaviours = [behaviour] * 4
+  with pytest.raises(Cifar10Error, match=message) as error_info:
+    cifar10.download_and_extract(str(data_dir), server.url)
+  text = str(error_info.value) + capsys.readouterr().out
+  assert '\x1b' not in text
+  assert len(text) < 1500
+  assert len(server.ranges) == attempts
+
+
+def test_address_that_does_not_exist(data_dir, files, monkeypatch, capsys):
+  """It is final: nothing is tried again."""
+  monkeypatch.setattr(cifar10, 'RETRY_SECONDS', (100,))
+  with pytest.raises(Cifar10Error, match=r'Cannot fetch http://no\.inv'):
+    cifar10.download_and_extract(str(data_dir), 'http://no.invalid/')
+  assert 'again in' not in capsys.readouterr().out
+
+
+def test_password_in_the_address(data_dir, files, archive, server, capsys):
+  """It is sent to that server, and never printed."""
+  seen = []
+
+  def protected(request):
+    seen.append(request.headers['Authorization'])
+    (good if seen[-1] else status(401))(request)
+
+  server.behaviours = [protected, status(403)]
+  url = server.url.replace('http://', 'http://me:secret%21@')
+  cifar10.download_and_extract(str(data_dir), url)
+  assert seen == ['Basic bWU6c2VjcmV0IQ==']
+  assert_complete(data_dir, files, archive)
+  (data_dir / cifar10.ARCHIVE_NAME).unlink()
+  (data_dir / cifar10.FOLDER_NAME / 'test_batch.bin').unlink()
+  with pytest.raises(Cifar10Error) as error_info:
+    cifar10.download_and_extract(str(data_dir), url)
+  result = run_script(f'--data_dir={data_dir}', '--data_url=ftp://me:secret@x/')
+  assert result.returncode == 1
+  for text in (str(error_info.value), ''.join(capsys.readouterr()),
+               result.stdout, result.stderr):
+    assert 'secret' not in text
+
+
+def test_standard_output_that_nobody_reads(data_dir, files, archive):
+  """It is blamed itself, and the folder is not."""
+  process = start_script(data_dir, files, archive, archive.as_uri())
+  process.stdout.close()
+  log = process.stderr.read()
+  assert process.wait() == 1
+  assert log.splitlines() == [
+      '-c: Cannot write to standard output (Broken pipe): nothing is lost, the '
+      'same command goes on from here']
 
 
 def test_read_records(tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from unittest import mock
 
 from absl import flags, logging
@@ -24,6 +25,7 @@ from tests.helpers import (
   restore,
   save,
   small_settings,
+    train_command,
 )
 
 
@@ -35,7 +37,8 @@ def run_main(*arguments):
   except flags.Error as error:
     return str(error)
   handler = logging.get_absl_handler()
-  with (mock.patch.object(cifar10_main, 'note_signals', list),
+  with (mock.patch.object(cifar10, 'receive_signals'),
+        mock.patch.object(cifar10, 'catch_signals'),
         mock.patch.object(handler, 'addFilter'),
         mock.patch.object(handler, 'setFormatter')):
     try:
@@ -54,12 +57,93 @@ def run_main(*arguments):
     '--num_gpus=-2', '--num_gpus=9999',
     '--model_dir=', '--model_dir=a\tb', '--data_dir=\udcff',
     '--model_dir=a[1]', '--model_dir=a?', '--data_dir=/a*', '--export_dir=a]b',
-    '--export_dir=a\\b'])
+    '--export_dir=a\\b', '--model_dir=gs://bucket/m', '--data_dir=s3://b/d',
+    '--export_dir=hdfs://x', '--model_dir=~nobody-of-this-name/m',
+    '--steps_per_eval=12345678901234567890'])
 def test_flags_out_of_range(script_flags, flag):
   name = flag.partition('=')[0]
   message = run_main(flag)
   assert name in message
   assert len(message.splitlines()) == 1
+
+
+def test_paths_may_begin_with_a_tilde(script_flags, monkeypatch):
+  monkeypatch.setenv('HOME', '/home/me')
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS([SCRIPT, '--model_dir=~/m', '--data_dir=~/d', '--export_dir=~/e'])
+  settings = cifar10_main.settings_from(flags.FLAGS)
+  assert (settings.model_dir, settings.data_dir, flags.FLAGS.export_dir) == (
+      '/home/me/m', '/home/me/d', '/home/me/e')
+
+
+def test_flags_may_be_defined_twice(script_flags):
+  """A notebook may run the script twice; flags begin anew."""
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS([SCRIPT, '--train_steps=7'])
+  cifar10_main.define_flags()
+  flags.FLAGS([SCRIPT])
+  assert flags.FLAGS.train_steps == cifar10_main.Settings.train_steps
+
+
+@pytest.mark.parametrize('setting', ['KERAS_BACKEND=jax', 'KERAS_BACKEND=torch',
+                                     'TF_USE_LEGACY_KERAS=1'])
+def test_settings_of_keras_change_nothing(monkeypatch, setting):
+  """In a process of its own, since Keras reads them once."""
+  code = ('import sys, cifar10_main as script\n'
+          'print(script.make_state(8, seed=3).network.kernel.numpy().sum())\n')
+  name, _, value = setting.partition('=')
+  result = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=False,
+      cwd=os.path.dirname(SCRIPT), env={**os.environ, name: value})
+  assert result.returncode == 0, result.stderr
+  assert float(result.stdout) == pytest.approx(
+      make_state(8, seed=3).network.kernel.numpy().sum().item())
+
+
+@pytest.mark.parametrize(('text', 'expected'), [
+    ('Graph execution error:\n\nDetected at node a/b defined at (most recent '
+     'call last):\n<stack traces unavailable>\nOut of range [[{{node x}}]] '
+     '[Op:Run]', 'Out of range [[]]'),
+    ('{{function_node f}} No such file [Op:SaveV2] name: ', 'No such file'),
+    ('\x1b[2Jred', '?[2Jred'), ('', 'ValueError'), ('y' * 999, 'y' * 300)])
+def test_reason_is_the_line_that_tells(text, expected):
+  assert cifar10.reason(ValueError(text)) == expected
+
+
+@pytest.mark.parametrize('tool', ['sleep 60', 'exit 9', None])
+def test_drivers_tool_that_hangs_or_cannot_be_run(
+    script_flags, tmp_path, monkeypatch, log, tool):
+  path = tmp_path / 'nvidia-smi'
+  path.write_text(f'#!/bin/sh\n{tool}\n' if tool else '#!/no/such/program\n')
+  path.chmod(0o755)
+  monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+  monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: [])
+  monkeypatch.setattr(tf.config, 'set_visible_devices', lambda *_: None)
+  monkeypatch.setattr(tf.test, 'is_built_with_cuda', lambda: True)
+  monkeypatch.setattr(cifar10_main, 'train_and_evaluate', lambda *_: True)
+  started = time.monotonic()
+  assert run_main() == 0
+  assert time.monotonic() - started < 5
+  assert not log
+
+
+def test_too_little_memory_of_the_machine(script_flags, monkeypatch):
+  monkeypatch.setattr(cifar10_main, 'train_and_evaluate',
+                      mock.Mock(side_effect=MemoryError))
+  assert run_main().endswith('too little memory: try a smaller --batch_size')
+
+
+def test_standard_output_that_is_full(data_dir, tmp_path):
+  """The checkpoint is there; the same command goes on with its evaluation."""
+  with open('/dev/full', 'w') as full:
+    process = subprocess.run(
+        train_command(tmp_path, '--train_steps=2'), stdout=full,
+        stderr=subprocess.PIPE, text=True, check=False)
+  assert process.returncode == 1
+  assert process.stderr.splitlines()[-1] == (
+      'cifar10_main.py: Cannot write to standard output (No space left on '
+      'device): nothing is lost, the same command goes on from here')
+  assert (tmp_path / 'model.ckpt-2.index').exists()
 
 
 def test_unknown_flag(script_flags):
@@ -202,8 +286,17 @@ def test_signature_of_the_export(undisturbed):
                                             'images')}
   assert set(serve.structured_outputs) == {
       'classes', 'class_names', 'probabilities'}
+  with pytest.raises(tf.errors.InvalidArgumentError):
+    serve(images=tf.zeros([32, 32, 3], tf.uint8))
   one = serve(images=np.zeros([1, 32, 32, 3], np.uint8))
   assert one['probabilities'].shape == [1, 10]
+
+  images = np.random.default_rng(0).integers(0, 256, [5, 32, 32, 3], np.uint8)
+  standardized = tf.saved_model.load(
+      str(undisturbed.export_dir)).signatures['standardized']
+  np.testing.assert_allclose(
+      standardized(images=tf.image.per_image_standardization(images))[
+          'probabilities'], serve(images=images)['probabilities'], atol=1e-6)
 
 
 def test_export_folder_that_is_there(script_flags, data_dir, tmp_path):

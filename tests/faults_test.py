@@ -111,15 +111,16 @@ def test_signal(tmp_path, undisturbed, moment):
 @pytest.mark.parametrize(
     'number', each([signal.SIGINT, signal.SIGTERM], quick=1))
 def test_second_signal_ends_at_once(tmp_path, number):
-  """Both come before the end of a first step of ten seconds and more."""
-  process = start(train_command(tmp_path, '--batch_size=20000'))
-  read_until(process, 'Saving checkpoints for 0')
+  """Both come in one step of some seconds."""
+  process = start(train_command(tmp_path, '--batch_size=5000',
+                                '--save_checkpoints_secs=1'))
+  read_until(process, 'Saving checkpoints for 1 ')
   process.send_signal(number)
   read_until(process, 'A second signal ends at once')
   process.send_signal(number)
   process.communicate(timeout=1)
   assert process.returncode == 128 + number
-  assert not list(tmp_path.glob('model.ckpt-[1-9]*'))
+  assert not list(tmp_path.glob('model.ckpt-[2-9]*'))
 
 
 def test_interrupted_before_the_training(tmp_path):
@@ -131,6 +132,33 @@ def test_interrupted_before_the_training(tmp_path):
   finish(process)
   assert process.returncode == -signal.SIGINT
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('number', each(
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], quick=1))
+def test_signal_while_the_first_step_is_built(tmp_path, number):
+  """Nothing is to be saved: it ends at once."""
+  process = start(train_command(tmp_path, '--resnet_size=56'))
+  read_until(process, 'Saving checkpoints for 0')
+  process.send_signal(number)
+  sent_at = time.monotonic()
+  _, log = finish(process)
+  assert time.monotonic() - sent_at < 3
+  assert process.returncode == 128 + number
+  assert not log
+
+
+def test_closed_terminal(tmp_path):
+  """SIGHUP saves as SIGTERM does, but not under nohup."""
+  process = start(['nohup', *train_command(
+      tmp_path, '--train_steps=100000')], stdin=subprocess.DEVNULL)
+  read_until(process, 'step = 1\n')
+  process.send_signal(signal.SIGHUP)
+  read_until(process, 'step = 101')
+  process.terminate()
+  _, log = finish(process)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert 'Stopped after step' in log
 
 
 def test_second_run_in_the_same_folder(tmp_path):

@@ -76,7 +76,8 @@ def test_flags(script_flags, arguments):
   """What comes through to the training is of the right kind and size."""
   with flagsaver.flagsaver(), mock.patch.multiple(
       cifar10_main, train_and_evaluate=mock.DEFAULT,
-      evaluate_only=mock.DEFAULT, export=mock.DEFAULT, note_signals=list
+      evaluate_only=mock.DEFAULT, export=mock.DEFAULT), mock.patch.multiple(
+          cifar10, receive_signals=mock.DEFAULT, catch_signals=mock.DEFAULT
       ), mock.patch.object(tf.config.experimental, 'enable_op_determinism'):
     try:
       rest = flags.FLAGS(['script', *arguments])

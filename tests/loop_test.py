@@ -3,8 +3,10 @@
 import ast
 import functools
 import itertools
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -330,3 +332,42 @@ def test_loss_that_is_not_finite(
         save_checkpoints_secs=save_checkpoints_secs)
   indices = (tmp_path / 'model').glob('*.index')
   assert [path.name for path in indices] == ['model.ckpt-0.index']
+
+
+@pytest.mark.parametrize('batches', [0, 1])
+def test_interrupted_evaluation(data_dir, tmp_path, capsys, log, batches):
+  """It ends after a batch; the same command makes it again."""
+  asked = []
+
+  def interrupted():
+    in_evaluation = 'Starting evaluation' in ''.join(log)
+    asked.extend([True] * in_evaluation)
+    return len(asked) > batches
+
+  model_dir = tmp_path / 'model'
+  assert not run(data_dir, model_dir, interrupted, train_steps=4)
+  assert len(asked) == batches + 1
+  assert not capsys.readouterr().out
+  assert log[-1] == 'Stopped: the same command evaluates step 4'
+  assert run(data_dir, model_dir, train_steps=4)
+  assert "'global_step': 4" in capsys.readouterr().out
+
+
+def test_stop_button_of_a_notebook(data_dir, tmp_path, log, monkeypatch):
+  """The first KeyboardInterrupt saves; before the first step it ends at once.
+  """
+  monkeypatch.setattr(
+      cifar10_main, 'log_values', lambda step, values: step == 5 and os.kill(
+          os.getpid(), signal.SIGINT))
+  model_dir = tmp_path / 'model'
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    assert not run(data_dir, model_dir, interrupted=None, train_steps=400)
+    assert tf.train.latest_checkpoint(model_dir).endswith('-5')
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(cifar10_main, 'describe_run', lambda *_: os.kill(
+        os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+      run(data_dir, model_dir, interrupted=None, train_steps=400)
+  finally:
+    signal.signal(signal.SIGINT, before)

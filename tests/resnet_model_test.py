@@ -105,10 +105,9 @@ def test_size_in_a_checkpoint(size):
 @pytest.mark.parametrize('kernel_size', [1, 3])
 @pytest.mark.parametrize('size', [7, 8])
 def test_strided_convolution_pads_by_the_kernel_alone(kernel_size, size):
-  conv = resnet_model.Conv2dFixedPadding(
-      1, 1, kernel_size, 2, 'channels_last', 'conv')
-  conv.kernel.assign(tf.reshape(
-      tf.range(1.0, kernel_size ** 2 + 1), conv.kernel.shape))
+  kernel = tf.reshape(tf.range(1.0, kernel_size ** 2 + 1),
+                      [kernel_size, kernel_size, 1, 1])
+  conv = resnet_model.Conv2dFixedPadding(kernel, 2, 'channels_last', 'conv')
   image = tf.random.stateless_normal([size, size], [3, 4]).numpy()
   before = (kernel_size - 1) // 2
   padded = np.pad(image, before)

@@ -38,6 +38,24 @@ def test_status_of_training(undisturbed):
     assert re.search(f'^{expected}$', shown, re.MULTILINE), expected
 
 
+def test_no_status_of_a_job_in_the_background():
+  """In a session of its own, whose terminal a child in another group has."""
+  code = ('import fcntl, os, termios, signal\n'
+          'import cifar10_download_and_extract as cifar10\n'
+          'os.setsid()\n'
+          'fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n'
+          'cifar10.show_status("in front")\n'
+          'signal.signal(signal.SIGTTOU, signal.SIG_IGN)\n'
+          'if os.fork() == 0:\n'
+          '  os.setpgid(0, 0)\n'
+          '  cifar10.show_status("behind")\n'
+          'else:\n'
+          '  os.wait()\n')
+  _, screen = run_on_terminal([sys.executable, '-c', code])
+  assert screen.status
+  assert set(screen.status) == {'in front'}
+
+
 def test_status_is_cut_to_a_narrow_terminal():
   code = ('import cifar10_download_and_extract as cifar10\n'
           'cifar10.show_status("0123456789" * 9)\n'
