@@ -214,7 +214,8 @@ def stop_button() -> Iterator[StopRequest]:
   is_usual = before is signal.default_int_handler and (
       threading.current_thread() is threading.main_thread())
   if is_usual:
-    signal.signal(signal.SIGINT, lambda *_: stop.receive(2, interrupt))
+    signal.signal(signal.SIGINT, lambda number, frame: stop.receive(
+        number, interrupt))
   try:
     yield stop
   finally:

@@ -416,7 +416,8 @@ class Checkpoints:
     for step in older[KEEP_CHECKPOINTS - 1:]:
       path = f'{self._prefix}-{step}'
       with contextlib.suppress(*resnet_model.READ_ERRORS):
-        if 'seed' in resnet_model.checkpoint_keys(path):  # not the original's
+        reader = tf.train.load_checkpoint(path)
+        if 'seed' in resnet_model.checkpoint_keys(reader):  # not the original's
           self._delete(path)
     for part in glob.glob(glob.escape(self._prefix) + '-*.tempstate*'):
       os.remove(part)  # of a save that was killed

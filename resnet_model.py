@@ -238,12 +238,12 @@ def size_in_checkpoint(names: Iterable[str]) -> int | None:
   return size if is_resnet_size(size) else None
 
 
-def checkpoint_keys(path: str) -> dict[str, str]:
+def checkpoint_keys(reader) -> dict[str, str]:
   """Returns the keys of a checkpoint's tensors by the variables' names."""
   # Earlier versions of the port added an ending to the names, and wrote .S for
   # a slash.
-  return {key.partition('/.ATTRIBUTES/')[0].replace('.S', '/'): key for key in
-          tf.train.load_checkpoint(path).get_variable_to_shape_map()}
+  return {key.partition('/.ATTRIBUTES/')[0].replace('.S', '/'): key
+          for key in reader.get_variable_to_shape_map()}
 
 
 def read_checkpoint(path: str) -> dict[str, np.ndarray]:
@@ -254,14 +254,14 @@ def read_checkpoint(path: str) -> dict[str, np.ndarray]:
   """
   reader = tf.train.load_checkpoint(path)
   return {name: reader.get_tensor(key)
-          for name, key in checkpoint_keys(path).items()}
+          for name, key in checkpoint_keys(reader).items()}
 
 
 def step_inside(path: str, otherwise: int) -> int:
   """Returns the global_step in a checkpoint, or the other one if damaged."""
   try:
-    key = checkpoint_keys(path)['global_step']
-    return int(tf.train.load_checkpoint(path).get_tensor(key))
+    reader = tf.train.load_checkpoint(path)
+    return int(reader.get_tensor(checkpoint_keys(reader)['global_step']))
   except (*READ_ERRORS, TypeError):
     return otherwise
 
