@@ -22,6 +22,7 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import logging as python_logging
 import os
 import re
 import shutil
@@ -563,6 +564,26 @@ def chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
           f'only {len(data):,} bytes came in {TIMEOUT_SECONDS} s')
   if data:
     yield data
+
+
+def show_log() -> None:
+  """Shows the log lines, with the prefix they had in 2017, and nothing else."""
+  logging.use_absl_handler()
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  # The rest of TensorFlow's notices does not help the user.
+  python_logging.getLogger('tensorflow').setLevel('ERROR')
+  handler = logging.get_absl_handler()
+  handler.setFormatter(
+      python_logging.Formatter('%(levelname)s:tensorflow:%(message)s'))
+
+  def filter_line(record):
+    ours = os.path.dirname(record.pathname) == os.path.dirname(__file__)
+    if ours or record.levelname != 'INFO':
+      show_status()  # the line takes its place
+      return True
+    return False
+
+  handler.addFilter(filter_line)
 
 
 def show_status(text: str = '') -> None:

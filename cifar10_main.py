@@ -19,15 +19,16 @@ import dataclasses
 import datetime
 import functools
 import glob
-import logging as python_logging
 import os
 import platform
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
+import zlib
 
 if __name__ == '__main__':
   # TensorFlow reads these when it is imported. cuDNN's faster 3x3 convolutions:
@@ -55,6 +56,7 @@ if __name__ == '__main__':
 
 from absl import app, flags, logging
 import numpy as np
+from tensorboard.plugins.hparams import api as hparams
 import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
@@ -219,6 +221,8 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     records = tf.concat(parts, axis=0)
   logging.info('%s records to %s from %s', f'{len(records):,}',
                'train' if mode == 'train' else 'evaluate', source)
+  if mode == 'train' and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+    require_same({'the training records': zlib.crc32(records.numpy())})
 
   def load(numbers, views=None):
     images, labels = dataset_parser(tf.gather(records, numbers))
@@ -565,17 +569,39 @@ def write_summaries(writer: tf.summary.SummaryWriter, step: int,
   """Hook that writes what TensorBoard shows of the training."""
   with writer.as_default(step):
     for name in ('cross_entropy', 'learning_rate', 'train_accuracy', 'loss',
-                 'global_step/sec'):
+                 'global_step/sec', 'images/sec'):
       if name in values:
         tf.summary.scalar(name, values[name])
     # Under the name that evaluations use, so that both are on one chart.
     tf.summary.scalar('accuracy', values['train_accuracy'])
-    # An image's mean, zero, becomes grey, its farthest value black or white.
+    # Each image's least value becomes black, its greatest white.
     images = values['images']
-    farthest = np.abs(images).max(axis=(1, 2, 3), keepdims=True)
-    tf.summary.image('images', 0.5 + 0.5 * images / np.maximum(farthest, 1e-6),
+    images -= images.min(axis=(1, 2, 3), keepdims=True)
+    greatest = images.max(axis=(1, 2, 3), keepdims=True)
+    tf.summary.image('images', images / np.maximum(greatest, 1e-6),
                      max_outputs=NUM_SUMMARY_IMAGES)
   writer.flush()
+
+
+def warn_of_full_disk(folder: str, step: int, values: dict) -> None:
+  """Hook that logs once if the events of TensorBoard find no room."""
+  if not shutil.disk_usage(folder).free:  # tf.summary does not tell
+    logging.log_first_n(
+        logging.WARNING, 'No room in %s: TensorBoard misses values', 1, folder)
+
+
+def mark_restart(folder: str, step: int) -> None:
+  """Tells TensorBoard to drop what an earlier run logged after this step."""
+  with tf.Graph().as_default():
+    with tf.compat.v1.summary.FileWriter(folder) as writer:
+      writer.add_session_log(tf.compat.v1.SessionLog(
+          status=tf.compat.v1.SessionLog.START), step + 1)
+
+
+def markdown_table(*rows: Iterable) -> str:
+  """Returns rows of values, the first one the head, for tf.summary.text."""
+  head, *rest = ('|'.join(map(str, row)) for row in rows)
+  return '\n'.join([head, '|'.join(['---'] * len(rows[0])), *rest])
 
 
 def show_progress(settings: Settings, step: int, cycle_end: int,
@@ -611,7 +637,8 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
   Returns:
     None if interrupted; else accuracy over all images, loss, the mean over the
     batches, in which the short last one counts like the others, global_step;
-    and of each label's images (row), the share given each class, [10, 10].
+    and how many images of each label (row) were given each class, int64
+    [10, 10].
   """
   logging.info('Starting evaluation at %s', time.strftime('%Y-%m-%dT%H:%M:%S'))
   # The variables are in memory already, but people search logs for this line.
@@ -633,38 +660,46 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
   logging.info('Saving dict for global step %d: %s', step, ', '.join(
       f'{name} = {results[name]}' for name in sorted(results)))
   cifar10.say(str(results))
-  return results, matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+  return results, matrix
 
 
 def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
-                     shares: np.ndarray) -> None:
+                     matrix: np.ndarray) -> None:
   """Writes what TensorBoard shows of an evaluation, as evaluate returns it."""
-  # Squares of 24 pixels, white to black. The root makes a few percent visible.
-  image = 1 - np.sqrt(shares).repeat(24, axis=0).repeat(24, axis=1)
   with writer.as_default(results['global_step']):
     tf.summary.scalar('accuracy', results['accuracy'])
     tf.summary.scalar('loss', results['loss'])
-    for name, accuracy in zip(cifar10.CLASSES, shares.diagonal()):
-      tf.summary.scalar(f'accuracy_of_class/{name}', accuracy)
-    tf.summary.image('confusion_matrix', image[None, ..., None], description=(
-        'A row for each label, a column for each predicted class: '
-        f'{", ".join(cifar10.CLASSES)}. The darker, the larger the share.'))
+    for name, accuracy in accuracies(matrix).items():
+      tf.summary.scalar(f'per_class/{name}', accuracy)
+    tf.summary.text('confusion_matrix', markdown_table(
+        ['label, predicted:', *cifar10.CLASSES],
+        *([name, *row] for name, row in zip(cifar10.CLASSES, matrix))))
   writer.flush()
 
 
-def evaluate_only(settings: Settings) -> None:
-  """Evaluates the newest checkpoint; prints the accuracy of each class too."""
+def accuracies(matrix: np.ndarray) -> dict[str, float]:
+  """Returns the accuracy of each class, given its confusion matrix."""
+  shares = matrix.diagonal() / np.maximum(matrix.sum(axis=1), 1)
+  return dict(zip(cifar10.CLASSES, shares.tolist()))
+
+
+def evaluate_only(settings: Settings) -> tuple[dict[str, float], np.ndarray]:
+  """Evaluates the newest checkpoint; prints the accuracy of each class too.
+
+  Returns results and confusion matrix: see evaluate.
+  """
   dataset = input_fn('eval', settings.data_dir, settings.batch_size,
                      settings.use_synthetic_data)
   state, checkpoints = open_model(settings)
   if checkpoints.newest is None:
     raise Cifar10Error(f'{settings.model_dir} holds no checkpoint to evaluate: '
                        'train first, or name another --model_dir')
-  _, shares = evaluate(
+  results, matrix = evaluate(
       make_eval_step(state.network), dataset, checkpoints.newest,
       state.global_step.numpy().item())
-  for name, accuracy in zip(cifar10.CLASSES, shares.diagonal()):
+  for name, accuracy in accuracies(matrix).items():
     cifar10.say(f'{name:10} {accuracy:.4f}')
+  return results, matrix
 
 
 def export(settings: Settings, export_dir: str) -> None:
@@ -741,9 +776,12 @@ def train_and_evaluate(
       return run_cycles(settings, state, train_data, interrupted)
     train_writer, eval_writer = map(tf.summary.create_file_writer, (
         settings.model_dir, os.path.join(settings.model_dir, 'eval')))
+    if step:
+      mark_restart(settings.model_dir, step)
     with train_writer.as_default(step):
-      tf.summary.text('run', '\n'.join(['| | |', '|---|---|', *(
-          f'| {name} | {value} |' for name, value in facts.items())]))
+      tf.summary.text('run', markdown_table(['', ''], *facts.items()))
+      hparams.hparams({name: str(value) if name == 'seed' else value
+                       for name, value in facts.items()})
     eval_step = make_eval_step(state.network)
 
     def evaluate_now(path, step):
@@ -756,7 +794,8 @@ def train_and_evaluate(
       checkpoints.save(state)
     return run_cycles(
         settings, state, train_data, interrupted, checkpoints, evaluate_now,
-        [log_values, functools.partial(write_summaries, train_writer)])
+        [log_values, functools.partial(write_summaries, train_writer),
+         functools.partial(warn_of_full_disk, settings.model_dir)])
 
 
 def run_cycles(
@@ -816,6 +855,7 @@ def run_cycles(
       if logged_at is not None:
         values['seconds'] = now - logged_at
         values['global_step/sec'] = LOG_STEPS / values['seconds']
+        values['images/sec'] = values['global_step/sec'] * settings.batch_size
       logged_at = now
       for hook in hooks:
         hook(step, values)
@@ -877,7 +917,16 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
   tf.config.set_visible_devices(gpus, 'GPU')
   try:
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-    if sum(map(len, resolver.cluster_spec().as_dict().values())) > 1:
+    cluster = resolver.cluster_spec()
+    machines = cluster.as_dict()
+    addresses = sum(machines.values(), [])
+    if machines and not {*machines, resolver.task_type} <= {'chief', 'worker'}:
+      raise ValueError('all machines train: no roles but chief and worker')
+    if len(set(addresses)) < len(addresses):
+      raise ValueError('an address is there twice')
+    if len(addresses) > 1:
+      wait_for_machines(addresses, cluster.task_address(
+          resolver.task_type, resolver.task_id))
       return tf.distribute.MultiWorkerMirroredStrategy(resolver)
   except (ValueError, TypeError, LookupError, AttributeError,
           tf.errors.OpError) as error:
@@ -886,6 +935,38 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
   if len(gpus) > 1:
     return tf.distribute.MirroredStrategy()
   return tf.distribute.get_strategy()
+
+
+def wait_for_machines(addresses: list[str], own: str) -> None:
+  """Waits until all machines of a cluster have been started.
+
+  TensorFlow would wait too, but without a word and deaf to signals.
+  """
+  logging.info('%s waits for %s', own, ', '.join({*addresses} - {own}))
+  host, _, port = own.rpartition(':')
+  try:
+    server = socket.create_server(('', int(port)))
+  except OSError as error:
+    raise Cifar10Error(f'Cannot listen on port {port} ({error.strerror}): end '
+                       'what uses it, or name another in TF_CONFIG') from None
+  with server:
+    for address in addresses:
+      host, _, port = address.rpartition(':')
+      while True:
+        with contextlib.suppress(OSError):
+          socket.create_connection((host.strip('[]'), port), timeout=5).close()
+          break
+        time.sleep(0.5)
+
+
+def require_same(facts: dict) -> None:
+  """Raises Cifar10Error on all machines where they differ in these values."""
+  ours = np.array([zlib.crc32(repr(value).encode()) for value in facts.values()])
+  differ = total((ours != total(ours * is_chief())).astype(int))
+  names = [name for name, number in zip(facts, differ) if number]
+  if names:
+    raise Cifar10Error(f'The machines differ in {", ".join(names)}: start all '
+                       'with the same')
 
 
 def is_chief() -> bool:
@@ -981,22 +1062,6 @@ def settings_from(values: flags.FlagValues) -> Settings:
   return Settings(**given)
 
 
-def log_filter(record: python_logging.LogRecord) -> bool:
-  """Drops TensorFlow's notices; clears the status line for all other lines."""
-  if record.levelname == 'INFO' and record.pathname != __file__:
-    return False
-  cifar10.show_status()
-  return True
-
-
-def warn_of_idle_gpu() -> None:
-  """Logs what to install if TensorFlow cannot use a GPU that is there."""
-  if resnet_model.has_idle_gpu():
-    logging.warning(
-        'TensorFlow cannot use the GPU of this machine, its libraries are '
-        'missing or do not fit: pip install "tensorflow[and-cuda]" brings them')
-
-
 def run(settings: Settings, values: flags.FlagValues,
         strategy: tf.distribute.Strategy,
         interrupted: Callable[[], bool]) -> bool:
@@ -1007,12 +1072,18 @@ def run(settings: Settings, values: flags.FlagValues,
     logging.warning('The first machine logs, saves and prints')
     logging.set_verbosity(min(logging.get_verbosity(), logging.WARNING))
   if values.num_gpus != 0:  # beside the rest, since the driver's tool may hang
-    threading.Thread(target=warn_of_idle_gpu, daemon=True).start()
+    threading.Thread(target=resnet_model.warn_of_idle_gpu, daemon=True).start()
   export_dir = values.export_dir if chief else None
   if export_dir and os.path.lexists(export_dir):
     raise Cifar10Error(f'--export_dir={export_dir} is there already: name a '
                        'new folder, or remove it')
   finished = True
+  with strategy.scope():
+    require_same({'--eval_only': values.eval_only,
+                  "TensorFlow's version": tf.__version__,
+                  **{f'--{name}': value for name, value in vars(settings).items()
+                     if name not in ('data_dir', 'model_dir',
+                                     'save_checkpoints_secs')}})
   if not values.eval_only:
     # Only training is shared: the rest would wait for the other machines.
     with strategy.scope():
@@ -1027,12 +1098,7 @@ def run(settings: Settings, values: flags.FlagValues,
 
 def main(argv: list[str]) -> int:
   values = flags.FLAGS
-  tf.get_logger().setLevel('ERROR')  # the rest does not help the user
-  handler = logging.get_absl_handler()
-  handler.addFilter(log_filter)
-  # The original's prefix, which parsers of its log look for.
-  handler.setFormatter(
-      python_logging.Formatter('%(levelname)s:tensorflow:%(message)s'))
+  cifar10.show_log()
   if values.seed is not None:
     tf.config.experimental.enable_op_determinism()
   settings, strategy, stop = settings_from(values), None, cifar10.StopRequest()

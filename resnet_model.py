@@ -14,11 +14,13 @@ be restored into the wrong layers.
 
 import collections
 from collections.abc import Iterable
+import contextlib
 import os
 import random
 import shutil
 import subprocess
 
+from absl import logging
 import numpy as np
 import tensorflow as tf
 
@@ -276,18 +278,20 @@ def has_convolutions(data_format: str | None, dtype: tf.DType) -> bool:
   return True
 
 
-def has_idle_gpu() -> bool:
-  """Returns whether there is a GPU that TensorFlow cannot use."""
+def warn_of_idle_gpu() -> None:
+  """Logs what to install if there is a GPU that TensorFlow cannot use."""
   if (tf.config.list_physical_devices('GPU')
       or not tf.test.is_built_with_cuda() or not shutil.which('nvidia-smi')
       or os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1')):
-    return False
-  try:
+    return
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
     listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True,
                             check=False, timeout=30).stdout
-  except (OSError, subprocess.SubprocessError):
-    return False
-  return listed.startswith(b'GPU ')
+    if listed.startswith(b'GPU '):
+      logging.warning(
+          'TensorFlow cannot use the GPU of this machine, its libraries are '
+          'missing or do not fit: pip install "tensorflow[and-cuda]" brings '
+          'them')
 
 
 def cifar10_resnet_v2_generator(
