@@ -246,6 +246,36 @@ def catch_signals() -> None:
       signal.signal(number, lambda number, frame: None)
 
 
+def wait_for_machines(addresses: list[str], own: str) -> None:
+  """Waits until all machines of a cluster, host:port, have been started.
+
+  TensorFlow would wait too, but without a word and deaf to signals.
+
+  Raises:
+    ValueError: An address is none.
+    Cifar10Error: The own port is in use.
+  """
+  for address in addresses:
+    if not re.fullmatch(r'.+:\d{1,5}', address):
+      raise ValueError(f'{address} is not host:port')
+  port = own.rpartition(':')[2]
+  try:
+    server = socket.create_server(('', int(port)))
+  except OSError as error:
+    raise Cifar10Error(
+        f'Cannot listen on port {port} ({os.strerror(error.errno)}): end what '
+        'uses it, or name another in TF_CONFIG') from None
+  logging.info('%s waits for %s', own, ', '.join({*addresses} - {own}))
+  with server:
+    for address in addresses:
+      host, _, port = address.rpartition(':')
+      while True:
+        with contextlib.suppress(OSError):  # it has not been started yet
+          socket.create_connection((host.strip('[]'), port), timeout=5).close()
+          break
+        time.sleep(0.5)
+
+
 def refuse_arguments(argv: list[str]) -> None:
   """Raises Cifar10Error if the command line has more than flags."""
   if len(argv) > 1:
@@ -566,10 +596,27 @@ def chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
     yield data
 
 
+@contextlib.contextmanager
+def muted_errors() -> Iterator[None]:
+  """Lets nothing through to standard error, from libraries in C++ either."""
+  if not sys.stderr:
+    yield
+    return
+  stderr = os.dup(2)
+  with open(os.devnull, 'wb') as nothing:
+    os.dup2(nothing.fileno(), 2)
+  try:
+    yield
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
+
+
 def show_log() -> None:
   """Shows the log lines, with the prefix they had in 2017, and nothing else."""
   logging.use_absl_handler()
-  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  if not flags.FLAGS.is_parsed():  # in a notebook; else as --verbosity says
+    logging.set_verbosity(logging.INFO)
   # The rest of TensorFlow's notices does not help the user.
   python_logging.getLogger('tensorflow').setLevel('ERROR')
   handler = logging.get_absl_handler()

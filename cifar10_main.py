@@ -18,14 +18,10 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import glob
 import os
 import platform
-import re
 import shutil
 import signal
-import socket
-import sys
 import threading
 import time
 import zlib
@@ -44,25 +40,20 @@ if __name__ == '__main__':
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
   # TensorFlow prints some notices before it reads that level.
-  if sys.stderr:
-    stderr = os.dup(2)
-    with open(os.devnull, 'wb') as nothing:
-      os.dup2(nothing.fileno(), 2)
-    try:
-      import tensorflow  # noqa: F401
-    finally:
-      os.dup2(stderr, 2)
-      os.close(stderr)
+  import cifar10_download_and_extract
+  cifar10_download_and_extract.show_status('Loading TensorFlow')
+  with cifar10_download_and_extract.muted_errors():
+    import tensorflow  # noqa: F401
 
 from absl import app, flags, logging
 import numpy as np
-from tensorboard.plugins.hparams import api as hparams
+from tensorboard.plugins.hparams import summary_v2  # `api` imports Keras
 import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
 from cifar10_download_and_extract import Cifar10Error, reason
 import resnet_model
-from resnet_model import Cifar10ResnetV2, tf1_name
+from resnet_model import Checkpoints, Cifar10ResnetV2, tf1_name
 
 HEIGHT, WIDTH, DEPTH = 32, 32, 3
 NUM_CLASSES = len(cifar10.CLASSES)
@@ -85,11 +76,8 @@ DTYPES = {'fp32': tf.float32, 'bf16': tf.bfloat16, 'fp16': tf.float16}
 # Keeps small gradients above fp16's smallest number. Without it they are wrong
 # by up to 40 %; with any scale from 128 to 2**18 by 5 %, like bf16's.
 FP16_LOSS_SCALE = 128
-WHEN_NOT_FINITE = (', nothing of it is saved: the learning rate is 0.1 * '
-                   'batch_size / 128, try a smaller --batch_size')
 LOG_STEPS = 100  # steps between two log lines
 PIECE_SECONDS = 1  # training time between two looks at clock and signals
-KEEP_CHECKPOINTS = 5
 MAX_STEPS = 10**15
 NUM_SUMMARY_IMAGES = 6
 
@@ -109,6 +97,12 @@ class Settings:
   xla: str = 'auto'
   seed: int | None = None  # random
   use_synthetic_data: bool = False
+
+  @property
+  def of_training(self) -> dict:
+    """What changes the training, by name."""
+    return {name: value for name, value in vars(self).items()
+            if name not in ('data_dir', 'model_dir', 'save_checkpoints_secs')}
 
 
 def filenames(mode: str, data_dir: str) -> list[str]:
@@ -222,7 +216,7 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
   logging.info('%s records to %s from %s', f'{len(records):,}',
                'train' if mode == 'train' else 'evaluate', source)
   if mode == 'train' and tf.distribute.get_strategy().num_replicas_in_sync > 1:
-    require_same({'the training records': zlib.crc32(records.numpy())})
+    require_same({'training records': zlib.crc32(records.numpy())})
 
   def load(numbers, views=None):
     images, labels = dataset_parser(tf.gather(records, numbers))
@@ -322,124 +316,6 @@ def make_state(resnet_size: int, data_format: str | None = None,
   network = resnet_model.cifar10_resnet_v2_generator(
       resnet_size, NUM_CLASSES, data_format, DTYPES[dtype], seed)
   return TrainState(network, seed)
-
-
-class Checkpoints:
-  """The checkpoints of a model folder, model.ckpt-STEP, as the original's."""
-
-  def __init__(self, model_dir: str):
-    self._model_dir = model_dir
-    self._prefix = os.path.join(model_dir, 'model.ckpt')
-    self.newest = None  # the path of what was last read or saved
-
-  def steps(self) -> list[int]:
-    """Returns the steps of all checkpoints, damaged ones too, newest first."""
-    # Not from the list in `checkpoint`: a copied one may name the old place.
-    pattern = re.compile(
-        re.escape(self._prefix) + r'-(\d+)\.(index|data-\d+-of-\d+)')
-    found = map(pattern.fullmatch, glob.glob(glob.escape(self._prefix) + '-*'))
-    return sorted({int(match[1]) for match in found if match}, reverse=True)
-
-  def read_newest(self) -> dict[str, np.ndarray]:
-    """Returns the values of the newest whole checkpoint, {} in a new folder."""
-    # By their contents: a renamed file must not be gone back to for ever.
-    steps = sorted(self.steps(), key=lambda step: resnet_model.step_inside(
-        f'{self._prefix}-{step}', step))
-    while steps:
-      path = f'{self._prefix}-{steps.pop()}'
-      logging.info('Restoring parameters from %s', path)
-      try:
-        values = resnet_model.read_checkpoint(path)
-        self.newest = path
-        return values
-      except resnet_model.READ_ERRORS as error:
-        logging.warning('%s is damaged (%s)%s', path, reason(error),
-                        ': trying the one before' if steps else '')
-    if any(self.steps()):  # without the one of step 0, nothing is lost
-      raise Cifar10Error(
-          f'{self._model_dir} holds no checkpoint that is not damaged: move '
-          'model.ckpt-* away to start anew, or name another --model_dir')
-    return {}
-
-  def restore(self, state: TrainState, values: dict[str, np.ndarray]) -> None:
-    """Assigns the values just read; changes none if one cannot be used."""
-    path, here = self.newest, state.network.resnet_size
-    size = resnet_model.size_in_checkpoint(values)
-    if size not in (None, here):
-      raise Cifar10Error(
-          f'{path} is of another network (size {size}, not {here}): use '
-          f'--resnet_size={size} or another --model_dir')
-    for variable in state.variables:
-      name = tf1_name(variable)
-      if name in ('seed', 'train_accuracy'):  # the original does not have these
-        values.setdefault(name, variable.numpy())
-      if name not in values or values[name].shape != variable.shape:
-        there = list(values[name].shape) if name in values else 'missing'
-        raise Cifar10Error(
-            f'{path} is of another network ({name} is {there} there and '
-            f'{variable.shape.as_list()} here): use another --model_dir')
-      if not np.isfinite(values[name]).all():
-        raise Cifar10Error(
-            f'{path} is of no use, {name} is not finite there: move it away to '
-            'go on from the one before, or name another --model_dir')
-    for variable in state.variables:
-      variable.assign(values[tf1_name(variable)])
-    if not path.endswith(f'-{values["global_step"]}'):
-      logging.warning('%s is of step %d', path, values['global_step'])
-
-  def save(self, state: TrainState) -> None:
-    """Saves a checkpoint; afterwards deletes all but this port's newest five.
-
-    Raises:
-      Cifar10Error: A variable is not finite, or there is no room.
-    """
-    values = {tf1_name(v): v.numpy() for v in state.variables}
-    step = values['global_step'].item()
-    for name, value in values.items():
-      # Test the norm: where the squares overflow, weight decay makes the next
-      # loss infinite.
-      if not np.isfinite(tf.norm(tf.cast(value, tf.float32))):
-        raise Cifar10Error(f'{name} is not finite after step {step}, or its '
-                           f'norm{WHEN_NOT_FINITE}')
-    path = f'{self._prefix}-{step}'
-    logging.info('Saving checkpoints for %d into %s.', step, self._prefix)
-    try:
-      with tf.device('CPU'):
-        tf.raw_ops.SaveV2(prefix=path, tensor_names=list(values),
-                          shape_and_slices=[''] * len(values),
-                          tensors=list(values.values()))
-      older = [s for s in self.steps() if s < step]
-      self._write_list([*reversed(older[:KEEP_CHECKPOINTS - 1]), step])
-    except (tf.errors.OpError, OSError) as error:
-      self._delete(path)
-      raise Cifar10Error(
-          f'Cannot save a checkpoint in {self._model_dir} ({reason(error)}): '
-          'make room there and start again, the older checkpoints are whole'
-          ) from None
-    self.newest = path
-    for step in older[KEEP_CHECKPOINTS - 1:]:
-      path = f'{self._prefix}-{step}'
-      with contextlib.suppress(*resnet_model.READ_ERRORS):
-        reader = tf.train.load_checkpoint(path)
-        if 'seed' in resnet_model.checkpoint_keys(reader):  # not the original's
-          self._delete(path)
-    for part in glob.glob(glob.escape(self._prefix) + '-*.tempstate*'):
-      os.remove(part)  # of a save that was killed
-
-  def _write_list(self, steps: list[int]) -> None:
-    """Writes `checkpoint`, where TensorFlow and the original look them up."""
-    listed = os.path.join(self._model_dir, 'checkpoint')
-    with open(f'{listed}.tmp', 'w', encoding='ascii') as file:
-      print(f'model_checkpoint_path: "model.ckpt-{steps[-1]}"', file=file)
-      for step in steps:
-        print(f'all_model_checkpoint_paths: "model.ckpt-{step}"', file=file)
-    os.replace(f'{listed}.tmp', listed)
-
-  def _delete(self, path: str) -> None:
-    # The index last: without it nobody could tell whose the data are.
-    for ending in ('.data-00000-of-00001', '.index'):
-      with contextlib.suppress(OSError):
-        os.remove(path + ending)
 
 
 def open_model(settings: Settings) -> tuple[TrainState, Checkpoints]:
@@ -591,11 +467,10 @@ def warn_of_full_disk(folder: str, step: int, values: dict) -> None:
 
 
 def mark_restart(folder: str, step: int) -> None:
-  """Tells TensorBoard to drop what an earlier run logged after this step."""
-  with tf.Graph().as_default():
-    with tf.compat.v1.summary.FileWriter(folder) as writer:
-      writer.add_session_log(tf.compat.v1.SessionLog(
-          status=tf.compat.v1.SessionLog.START), step + 1)
+  """Tells TensorBoard that what was logged from this step on comes again."""
+  v1 = tf.compat.v1
+  with tf.Graph().as_default(), v1.summary.FileWriter(folder) as writer:
+    writer.add_session_log(v1.SessionLog(status=v1.SessionLog.START), step)
 
 
 def markdown_table(*rows: Iterable) -> str:
@@ -774,14 +649,17 @@ def train_and_evaluate(
     facts = describe_run(settings, state)
     if not is_chief():
       return run_cycles(settings, state, train_data, interrupted)
-    train_writer, eval_writer = map(tf.summary.create_file_writer, (
-        settings.model_dir, os.path.join(settings.model_dir, 'eval')))
+    eval_dir = os.path.join(settings.model_dir, 'eval')
     if step:
-      mark_restart(settings.model_dir, step)
+      mark_restart(settings.model_dir, step + 1)
+      mark_restart(eval_dir, step)
+    train_writer, eval_writer = map(
+        tf.summary.create_file_writer, (settings.model_dir, eval_dir))
     with train_writer.as_default(step):
       tf.summary.text('run', markdown_table(['', ''], *facts.items()))
-      hparams.hparams({name: str(value) if name == 'seed' else value
-                       for name, value in facts.items()})
+      summary_v2.hparams({
+          **settings.of_training, 'resnet_size': state.network.resnet_size,
+          'data_format': state.network.data_format, 'seed': str(seed)})
     eval_step = make_eval_step(state.network)
 
     def evaluate_now(path, step):
@@ -844,7 +722,7 @@ def run_cycles(
       raise Cifar10Error(
           f'The loss is not finite at step {step + 1 + values["finite_steps"]} '
           f'(looked at after steps {step} and {step + num_steps})'
-          f'{WHEN_NOT_FINITE}')
+          f'{resnet_model.WHEN_NOT_FINITE}')
     step += num_steps
     seconds = (now - started) / num_steps
     if num_steps == to_next_log:
@@ -903,7 +781,25 @@ def describe_run(settings: Settings, state: TrainState) -> dict:
         'Training steps %d to %d, batch size %d. The learning rate drops after '
         'steps %d, %d and %d', step + 1, settings.train_steps,
         settings.batch_size, *learning_rate_boundaries(settings.batch_size))
+  warn_of_drops(settings, state)
   return facts | {f'--{name}': value for name, value in vars(settings).items()}
+
+
+def warn_of_drops(settings: Settings, state: TrainState) -> None:
+  """Logs if another batch size than before changes the learning rate's drops.
+
+  What was logged in this cycle tells the batch size before.
+  """
+  step, seen = state.global_step.numpy(), state.train_accuracy[1].numpy()
+  in_cycle = (step - 1) % settings.steps_per_eval + 1
+  before = seen // -(-in_cycle // LOG_STEPS)
+  drops = [np.searchsorted(learning_rate_boundaries(size), step)
+           for size in (before or settings.batch_size, settings.batch_size)]
+  if drops[0] != drops[1]:
+    logging.warning(
+        'The batch size was %d: with %d, %d drops of the learning rate lie '
+        'before step %d instead of %d', before, settings.batch_size, drops[1],
+        step, drops[0])
 
 
 def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
@@ -918,14 +814,14 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
   try:
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     cluster = resolver.cluster_spec()
-    machines = cluster.as_dict()
-    addresses = sum(machines.values(), [])
-    if machines and not {*machines, resolver.task_type} <= {'chief', 'worker'}:
+    addresses = [address for role in cluster.jobs
+                 for address in cluster.job_tasks(role)]
+    if addresses and {*cluster.jobs, resolver.task_type} - {'chief', 'worker'}:
       raise ValueError('all machines train: no roles but chief and worker')
     if len(set(addresses)) < len(addresses):
       raise ValueError('an address is there twice')
     if len(addresses) > 1:
-      wait_for_machines(addresses, cluster.task_address(
+      cifar10.wait_for_machines(addresses, cluster.task_address(
           resolver.task_type, resolver.task_id))
       return tf.distribute.MultiWorkerMirroredStrategy(resolver)
   except (ValueError, TypeError, LookupError, AttributeError,
@@ -937,31 +833,9 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
   return tf.distribute.get_strategy()
 
 
-def wait_for_machines(addresses: list[str], own: str) -> None:
-  """Waits until all machines of a cluster have been started.
-
-  TensorFlow would wait too, but without a word and deaf to signals.
-  """
-  logging.info('%s waits for %s', own, ', '.join({*addresses} - {own}))
-  host, _, port = own.rpartition(':')
-  try:
-    server = socket.create_server(('', int(port)))
-  except OSError as error:
-    raise Cifar10Error(f'Cannot listen on port {port} ({error.strerror}): end '
-                       'what uses it, or name another in TF_CONFIG') from None
-  with server:
-    for address in addresses:
-      host, _, port = address.rpartition(':')
-      while True:
-        with contextlib.suppress(OSError):
-          socket.create_connection((host.strip('[]'), port), timeout=5).close()
-          break
-        time.sleep(0.5)
-
-
 def require_same(facts: dict) -> None:
-  """Raises Cifar10Error on all machines where they differ in these values."""
-  ours = np.array([zlib.crc32(repr(value).encode()) for value in facts.values()])
+  """Raises Cifar10Error on all machines if they differ in these values."""
+  ours = np.array([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
   differ = total((ours != total(ours * is_chief())).astype(int))
   names = [name for name, number in zip(facts, differ) if number]
   if names:
@@ -1079,11 +953,9 @@ def run(settings: Settings, values: flags.FlagValues,
                        'new folder, or remove it')
   finished = True
   with strategy.scope():
-    require_same({'--eval_only': values.eval_only,
-                  "TensorFlow's version": tf.__version__,
-                  **{f'--{name}': value for name, value in vars(settings).items()
-                     if name not in ('data_dir', 'model_dir',
-                                     'save_checkpoints_secs')}})
+    require_same({
+        **{f'--{name}': value for name, value in settings.of_training.items()},
+        '--eval_only': values.eval_only, 'TensorFlow': tf.__version__})
   if not values.eval_only:
     # Only training is shared: the rest would wait for the other machines.
     with strategy.scope():

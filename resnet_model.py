@@ -10,13 +10,18 @@ Variables have the names that the graph of the 2017 script gave them, so that
 checkpoints can be exchanged with it. The numbers in the names count the layers
 in the order of their creation: if that order changed, an old checkpoint would
 be restored into the wrong layers.
+
+The file goes from the layers to the network, two questions to the device, and
+the checkpoints.
 """
 
 import collections
 from collections.abc import Iterable
 import contextlib
+import glob
 import os
 import random
+import re
 import shutil
 import subprocess
 
@@ -24,11 +29,16 @@ from absl import logging
 import numpy as np
 import tensorflow as tf
 
+from cifar10_download_and_extract import Cifar10Error, reason
+
 BATCH_NORM_DECAY = 0.997
 BATCH_NORM_EPSILON = 1e-5
 TRUNCATED_DEVIATION = 0.87962566103423978  # of a normal cut at two deviations
 NUM_CHANNELS = 3  # red, green, blue
 BLOCK_LAYERS = ((16, 1), (32, 2), (64, 2))  # filters, strides; [1]
+KEEP_CHECKPOINTS = 5
+WHEN_NOT_FINITE = (', nothing of it is saved: the learning rate is 0.1 * '
+                   'batch_size / 128, try a smaller --batch_size')
 # What reading a damaged checkpoint raises.
 READ_ERRORS = (tf.errors.OpError, RuntimeError, LookupError, ValueError)
 # TensorFlow's names of the data formats.
@@ -227,6 +237,70 @@ def is_resnet_size(size: int) -> bool:
   return size >= 8 and size % 6 == 2
 
 
+def cifar10_resnet_v2_generator(
+    resnet_size: int, num_classes: int,
+    data_format: str | None = None, dtype: tf.DType = tf.float32,
+    seed: int | None = None) -> Cifar10ResnetV2:
+  """Builds a pre-activation ResNet [2] with initial values.
+
+  Args:
+    resnet_size: Depth, 6n + 2: 8, 14, 20, ...
+    num_classes: Number of logits.
+    data_format: 'channels_first', 'channels_last', or None for the faster of
+      the two: 'channels_first' on a GPU, 'channels_last' on a CPU.
+    dtype: Number type of the convolutions: float32, bfloat16 or float16. The
+      variables, batch norm's statistics, the mean over the image and the logits
+      are always float32.
+    seed: Seed of the initial values; a random one by default.
+
+  Returns:
+    The network: `network(inputs, training) -> logits`.
+
+  Raises:
+    ValueError: `resnet_size` or `data_format` is not one of these.
+  """
+  if not is_resnet_size(resnet_size):
+    raise ValueError(
+        f'resnet_size must be 6n + 2 (8, 14, 20, ...), not {resnet_size}')
+  if data_format is None:
+    # The original asked whether TensorFlow was built with CUDA. Today's always
+    # is, and on a CPU channels_first takes more than twice as long.
+    data_format = ('channels_first' if tf.config.list_logical_devices('GPU')
+                   else 'channels_last')
+  if data_format not in LAYOUTS:
+    raise ValueError("data_format must be 'channels_first' or 'channels_last', "
+                     f'not {data_format!r}')
+  if seed is None:
+    seed = np.random.SeedSequence().generate_state(1).item()
+  return Cifar10ResnetV2(resnet_size, num_classes, data_format, dtype, seed)
+
+
+def has_convolutions(data_format: str | None, dtype: tf.DType) -> bool:
+  """Returns whether the device can run convolutions of this kind."""
+  one = tf.ones([1, 1, 1, 1], dtype)
+  try:
+    tf.nn.conv2d(one, one, 1, 'SAME', LAYOUTS[data_format or 'channels_last'])
+  except tf.errors.OpError:
+    return False
+  return True
+
+
+def warn_of_idle_gpu() -> None:
+  """Logs what to install if there is a GPU that TensorFlow cannot use."""
+  if (tf.config.list_physical_devices('GPU')
+      or not tf.test.is_built_with_cuda() or not shutil.which('nvidia-smi')
+      or os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1')):
+    return
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True,
+                            check=False, timeout=30).stdout
+    if listed.startswith(b'GPU '):
+      logging.warning(
+          'TensorFlow cannot use the GPU of this machine, its libraries are '
+          'missing or do not fit: pip install "tensorflow[and-cuda]" brings '
+          'them')
+
+
 def tf1_name(variable: tf.Variable) -> str:
   """Returns the name that the variable has in a checkpoint."""
   return variable.name.removesuffix(':0')
@@ -268,65 +342,119 @@ def step_inside(path: str, otherwise: int) -> int:
     return otherwise
 
 
-def has_convolutions(data_format: str | None, dtype: tf.DType) -> bool:
-  """Returns whether the device can run convolutions of this kind."""
-  one = tf.ones([1, 1, 1, 1], dtype)
-  try:
-    tf.nn.conv2d(one, one, 1, 'SAME', LAYOUTS[data_format or 'channels_last'])
-  except tf.errors.OpError:
-    return False
-  return True
+class Checkpoints:
+  """The checkpoints of a model folder, model.ckpt-STEP, as the original's."""
 
+  def __init__(self, model_dir: str):
+    self._model_dir = model_dir
+    self._prefix = os.path.join(model_dir, 'model.ckpt')
+    self.newest = None  # the path of what was last read or saved
 
-def warn_of_idle_gpu() -> None:
-  """Logs what to install if there is a GPU that TensorFlow cannot use."""
-  if (tf.config.list_physical_devices('GPU')
-      or not tf.test.is_built_with_cuda() or not shutil.which('nvidia-smi')
-      or os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1')):
-    return
-  with contextlib.suppress(OSError, subprocess.SubprocessError):
-    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True,
-                            check=False, timeout=30).stdout
-    if listed.startswith(b'GPU '):
-      logging.warning(
-          'TensorFlow cannot use the GPU of this machine, its libraries are '
-          'missing or do not fit: pip install "tensorflow[and-cuda]" brings '
-          'them')
+  def steps(self) -> list[int]:
+    """Returns the steps of all checkpoints, damaged ones too, newest first."""
+    # Not from the list in `checkpoint`: a copied one may name the old place.
+    pattern = re.compile(
+        re.escape(self._prefix) + r'-(\d+)\.(index|data-\d+-of-\d+)')
+    found = map(pattern.fullmatch, glob.glob(glob.escape(self._prefix) + '-*'))
+    return sorted({int(match[1]) for match in found if match}, reverse=True)
 
+  def read_newest(self) -> dict[str, np.ndarray]:
+    """Returns the values of the newest whole checkpoint, {} in a new folder."""
+    # By their contents: a renamed file must not be gone back to for ever.
+    steps = sorted(self.steps(), key=lambda step: step_inside(
+        f'{self._prefix}-{step}', step))
+    while steps:
+      path = f'{self._prefix}-{steps.pop()}'
+      logging.info('Restoring parameters from %s', path)
+      try:
+        values = read_checkpoint(path)
+        self.newest = path
+        return values
+      except READ_ERRORS as error:
+        logging.warning('%s is damaged (%s)%s', path, reason(error),
+                        ': trying the one before' if steps else '')
+    if any(self.steps()):  # without the one of step 0, nothing is lost
+      raise Cifar10Error(
+          f'{self._model_dir} holds no checkpoint that is not damaged: move '
+          'model.ckpt-* away to start anew, or name another --model_dir')
+    return {}
 
-def cifar10_resnet_v2_generator(
-    resnet_size: int, num_classes: int,
-    data_format: str | None = None, dtype: tf.DType = tf.float32,
-    seed: int | None = None) -> Cifar10ResnetV2:
-  """Builds a pre-activation ResNet [2] with initial values.
+  def restore(self, state: tf.Module, values: dict[str, np.ndarray]) -> None:
+    """Assigns the values just read; changes none if one cannot be used."""
+    path, here = self.newest, state.network.resnet_size
+    size = size_in_checkpoint(values)
+    if size not in (None, here):
+      raise Cifar10Error(
+          f'{path} is of another network (size {size}, not {here}): use '
+          f'--resnet_size={size} or another --model_dir')
+    for variable in state.variables:
+      name = tf1_name(variable)
+      if name in ('seed', 'train_accuracy'):  # the original does not have these
+        values.setdefault(name, variable.numpy())
+      if name not in values or values[name].shape != variable.shape:
+        there = list(values[name].shape) if name in values else 'missing'
+        raise Cifar10Error(
+            f'{path} is of another network ({name} is {there} there and '
+            f'{variable.shape.as_list()} here): use another --model_dir')
+      if not np.isfinite(values[name]).all():
+        raise Cifar10Error(
+            f'{path} is of no use, {name} is not finite there: move it away to '
+            'go on from the one before, or name another --model_dir')
+    for variable in state.variables:
+      variable.assign(values[tf1_name(variable)])
+    if not path.endswith(f'-{values["global_step"]}'):
+      logging.warning('%s is of step %d', path, values['global_step'])
 
-  Args:
-    resnet_size: Depth, 6n + 2: 8, 14, 20, ...
-    num_classes: Number of logits.
-    data_format: 'channels_first', 'channels_last', or None for the faster of
-      the two: 'channels_first' on a GPU, 'channels_last' on a CPU.
-    dtype: Number type of the convolutions: float32, bfloat16 or float16. The
-      variables, batch norm's statistics, the mean over the image and the logits
-      are always float32.
-    seed: Seed of the initial values; a random one by default.
+  def save(self, state: tf.Module) -> None:
+    """Saves a checkpoint; afterwards deletes all but this port's newest five.
 
-  Returns:
-    The network: `network(inputs, training) -> logits`.
+    Raises:
+      Cifar10Error: A variable is not finite, or there is no room.
+    """
+    values = {tf1_name(v): v.numpy() for v in state.variables}
+    step = values['global_step'].item()
+    for name, value in values.items():
+      # Test the norm: where the squares overflow, weight decay makes the next
+      # loss infinite.
+      if not np.isfinite(tf.norm(tf.cast(value, tf.float32))):
+        raise Cifar10Error(f'{name} is not finite after step {step}, or its '
+                           f'norm{WHEN_NOT_FINITE}')
+    path = f'{self._prefix}-{step}'
+    logging.info('Saving checkpoints for %d into %s.', step, self._prefix)
+    try:
+      with tf.device('CPU'):
+        tf.raw_ops.SaveV2(prefix=path, tensor_names=list(values),
+                          shape_and_slices=[''] * len(values),
+                          tensors=list(values.values()))
+      older = [s for s in self.steps() if s < step]
+      self._write_list([*reversed(older[:KEEP_CHECKPOINTS - 1]), step])
+    except (tf.errors.OpError, OSError) as error:
+      self._delete(path)
+      raise Cifar10Error(
+          f'Cannot save a checkpoint in {self._model_dir} ({reason(error)}): '
+          'make room there and start again, the older checkpoints are whole'
+          ) from None
+    self.newest = path
+    for step in older[KEEP_CHECKPOINTS - 1:]:
+      path = f'{self._prefix}-{step}'
+      with contextlib.suppress(*READ_ERRORS):
+        reader = tf.train.load_checkpoint(path)
+        if 'seed' in checkpoint_keys(reader):  # not the original's
+          self._delete(path)
+    for part in glob.glob(glob.escape(self._prefix) + '-*.tempstate*'):
+      os.remove(part)  # of a save that was killed
 
-  Raises:
-    ValueError: `resnet_size` or `data_format` is not one of these.
-  """
-  if not is_resnet_size(resnet_size):
-    raise ValueError(
-        f'resnet_size must be 6n + 2 (8, 14, 20, ...), not {resnet_size}')
-  if data_format is None:
-    # The original asked whether TensorFlow was built with CUDA. Today's always
-    # is, and on a CPU channels_first takes more than twice as long.
-    data_format = ('channels_first' if tf.config.list_logical_devices('GPU')
-                   else 'channels_last')
-  if data_format not in LAYOUTS:
-    raise ValueError("data_format must be 'channels_first' or 'channels_last', "
-                     f'not {data_format!r}')
-  if seed is None:
-    seed = np.random.SeedSequence().generate_state(1).item()
-  return Cifar10ResnetV2(resnet_size, num_classes, data_format, dtype, seed)
+  def _write_list(self, steps: list[int]) -> None:
+    """Writes `checkpoint`, where TensorFlow and the original look them up."""
+    listed = os.path.join(self._model_dir, 'checkpoint')
+    with open(f'{listed}.tmp', 'w', encoding='ascii') as file:
+      print(f'model_checkpoint_path: "model.ckpt-{steps[-1]}"', file=file)
+      for step in steps:
+        print(f'all_model_checkpoint_paths: "model.ckpt-{step}"', file=file)
+    os.replace(f'{listed}.tmp', listed)
+
+  def _delete(self, path: str) -> None:
+    # The index last: without it nobody could tell whose the data are.
+    for ending in ('.data-00000-of-00001', '.index'):
+      with contextlib.suppress(OSError):
+        os.remove(path + ending)

@@ -5,10 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
-from absl import flags, logging
+from absl import flags
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -16,7 +17,6 @@ import tensorflow as tf
 import cifar10_download_and_extract as cifar10
 from cifar10_download_and_extract import Cifar10Error
 import cifar10_main
-import resnet_model
 from tests.helpers import (
   NUMBER,
   SCRIPT,
@@ -36,11 +36,9 @@ def run_main(*arguments):
     rest = flags.FLAGS([SCRIPT, *arguments])
   except flags.Error as error:
     return str(error)
-  handler = logging.get_absl_handler()
   with (mock.patch.object(cifar10, 'receive_signals'),
         mock.patch.object(cifar10, 'catch_signals'),
-        mock.patch.object(handler, 'addFilter'),
-        mock.patch.object(handler, 'setFormatter')):
+        mock.patch.object(cifar10, 'show_log')):
     try:
       return cifar10_main.main(rest)
     except SystemExit as end:
@@ -203,8 +201,14 @@ def test_too_little_memory(script_flags, monkeypatch):
 @pytest.mark.parametrize(('flag', 'expected'), [
     ('--noeval_only', 1), ('--num_gpus=0', 0)])
 def test_warning_about_an_idle_gpu(
-    script_flags, monkeypatch, log, flag, expected):
-  monkeypatch.setattr(resnet_model, 'has_idle_gpu', lambda: True)
+    script_flags, tmp_path, monkeypatch, log, flag, expected):
+  tool = tmp_path / 'nvidia-smi'
+  tool.write_text('#!/bin/sh\necho "GPU 0: one that is idle"\n')
+  tool.chmod(0o755)
+  monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+  monkeypatch.setattr(tf.test, 'is_built_with_cuda', lambda: True)
+  monkeypatch.setattr(threading, 'Thread', lambda target, **_: mock.Mock(
+      start=target))
   monkeypatch.setattr(cifar10_main, 'train_and_evaluate', lambda *_: True)
   assert run_main(flag) == 0
   assert len(log) == expected

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,13 +25,16 @@ import resnet_model
 from resnet_model import tf1_name
 from tests.helpers import (
     ROOT,
+    SCRIPT,
     difference,
     each,
+    finish,
     make_state,
     place_originals_checkpoint,
     read_until,
     restore,
     run,
+    start,
     tensors,
     write_random_data,
 )
@@ -212,7 +216,7 @@ def free_ports(count):
 
 
 @contextlib.contextmanager
-def machines(count, tmp_path, *arguments, steps):
+def machines(count, tmp_path, *arguments, steps, second=()):
   """Runs a process for each machine; each writes its variables at the end."""
   code = (
       'import sys, cifar10_main as script, numpy as np\n'
@@ -242,7 +246,7 @@ def machines(count, tmp_path, *arguments, steps):
            f'--model_dir={tmp_path}/model{i}', '--resnet_size=8',
            f'--batch_size={BATCH}', f'--train_steps={steps}',
            '--steps_per_eval=40', '--save_checkpoints_secs=1', *arguments,
-           f'{tmp_path}/machine{i}.npz'],
+           *(second if i == 1 else ()), f'{tmp_path}/machine{i}.npz'],
           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
           env={**os.environ, 'TF_CONFIG': json.dumps(config)}))
       stack.callback(processes[-1].communicate)
@@ -306,7 +310,8 @@ def test_machine_that_dies(tmp_path, data, count, victim):
   for output, log in outputs[1:]:
     assert not output
     ours = [line for line in log.splitlines() if ':tensorflow:' in line]
-    assert ours == [
+    assert re.match(r'INFO:tensorflow:127.0.0.1:\d+ waits for 127', ours[0])
+    assert ours[1:] == [
         'WARNING:tensorflow:The first machine logs, saves and prints']
   for i in range(1, count):
     assert not (tmp_path / f'model{i}').exists()
@@ -338,11 +343,74 @@ def test_machine_that_is_told_to_stop(tmp_path, data, told):
   assert_machines_agree(tmp_path, 2, step)
 
 
+@pytest.mark.parametrize(('second', 'named'), each([
+    [('--batch_size=48', '--seed=3'), '--batch_size, --seed'],
+    [('--steps_per_eval=20',), '--steps_per_eval'],
+    [('--eval_only',), '--eval_only'], [('--data_dir={}/other',),
+                                        'training records']], quick=1))
+def test_machines_that_differ(tmp_path, data, second, named):
+  """All end, and name what differs; nothing is written."""
+  write_random_data(tmp_path / 'other', 505, 97)
+  second = [argument.format(tmp_path) for argument in second]
+  with machines(2, tmp_path, steps=100000, second=second) as processes:
+    outputs = communicate(processes)
+  for process, (_, log) in zip(processes, outputs):
+    assert process.returncode == 1
+    assert f'-c: The machines differ in {named}: start all with the same' in log
+  assert not list(tmp_path.glob('model*/*'))
+
+
+@pytest.mark.parametrize('number', each(
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], quick=1))
+@pytest.mark.parametrize('index', [0, 1])
+def test_machine_that_waits_ends_at_once(tmp_path, index, number):
+  own, other = [f'127.0.0.1:{port}' for port in free_ports(2)]
+  workers = [own, other] if index == 0 else [other, own]
+  process = start([sys.executable, SCRIPT, '--use_synthetic_data'], env={
+      **os.environ, 'TF_CONFIG': json.dumps({
+          'cluster': {'worker': workers},
+          'task': {'type': 'worker', 'index': index}})})
+  read_until(process, f'{own} waits for {other}')
+  started = time.monotonic()
+  process.send_signal(number)
+  assert process.wait(timeout=30) == 128 + number
+  assert time.monotonic() - started < 3
+  finish(process)
+
+
+def test_values_that_differ_between_machines(monkeypatch):
+  """With a second machine whose values are the first one's but for `b`."""
+  number = {}
+
+  def total(value):
+    number[len(number)] = value
+    # The first one's own values count; then where the second one differs.
+    return value if len(number) == 1 else value + [0, 1, 0]
+
+  monkeypatch.setattr(cifar10_main, 'total', total)
+  with pytest.raises(cifar10.Cifar10Error, match='machines differ in b: start'):
+    cifar10_main.require_same({'a': 1, 'b': None, 'c': 'x'})
+
+
+def test_port_that_is_in_use():
+  with socket.create_server(('', 0)) as server:
+    address = f'127.0.0.1:{server.getsockname()[1]}'
+    with pytest.raises(cifar10.Cifar10Error, match=(
+        r'Cannot listen on port \d+ \(Address already in use\)')):
+      cifar10.wait_for_machines([address, '127.0.0.1:1'], address)
+
+
 @pytest.mark.parametrize('config', [
     'no JSON', '{"cluster": 3}', '{"cluster": {"worker": "a:1"}}',
     '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}}',
     '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]},'
-    ' "task": {"type": "worker", "index": 7}}'])
+    ' "task": {"type": "worker", "index": 7}}',
+    *('{"cluster": %s, "task": {"type": "%s", "index": 0}}' % case for case in (
+        ('{"worker": ["127.0.0.1:1"]}', 'evaluator'),
+        ('{"chief": ["127.0.0.1:1"], "ps": ["127.0.0.1:2"]}', 'chief'),
+        ('{"worker": ["127.0.0.1:1", "127.0.0.1:1"]}', 'worker'),
+        ('{"worker": ["127.0.0.1:1", "127.0.0.1"]}', 'worker'),
+        ('{"worker": ["127.0.0.1:1", "127.0.0.1:x"]}', 'worker')))])
 def test_cluster_that_is_none(monkeypatch, config):
   monkeypatch.setenv('TF_CONFIG', config)
   with pytest.raises(cifar10.Cifar10Error,

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -66,10 +68,12 @@ def test_log_prints_and_summaries(
   train = event_accumulator.EventAccumulator(str(model_dir)).Reload()
   tags = train.Tags()['tensors']
   assert set(tags) == {'cross_entropy', 'learning_rate', 'train_accuracy',
-                       'loss', 'global_step/sec', 'images', 'accuracy', 'run'}
+                       'loss', 'global_step/sec', 'images/sec', 'images',
+                       'accuracy', 'run', '_hparams_/session_start_info'}
   for tag in tags:
     steps = [event.step for event in train.Tensors(tag)]
-    expected = {'global_step/sec': [11, 21], 'run': [0]}
+    expected = {'global_step/sec': [11, 21], 'images/sec': [11, 21],
+                'run': [0], '_hparams_/session_start_info': [0]}
     assert steps == expected.get(tag, [1, 11, 21, 26])
   for event, (loss, *_) in zip(train.Tensors('loss'), lines):
     assert tf.make_ndarray(event.tensor_proto) == np.float32(loss)
@@ -79,19 +83,55 @@ def test_log_prints_and_summaries(
   assert (width, height, len(pictures)) == (b'32', b'32', 6)
   picture = tf.io.decode_png(pictures[0])
   assert picture.shape == [32, 32, 3]
-  assert picture.numpy().min() == 0 or picture.numpy().max() == 255
+  assert (picture.numpy().min(), picture.numpy().max()) == (0, 255)
 
   test = event_accumulator.EventAccumulator(str(model_dir / 'eval')).Reload()
   assert set(test.Tags()['tensors']) == {
       'accuracy', 'loss', 'confusion_matrix',
-      *(f'accuracy_of_class/{name}' for name in cifar10.CLASSES)}
+      *(f'per_class/{name}' for name in cifar10.CLASSES)}
   for tag in test.Tags()['tensors']:
     assert [event.step for event in test.Tensors(tag)] == [25, 29]
   text = tf.make_ndarray(train.Tensors('run')[0].tensor_proto).item()
-  for expected in (r'\| --batch_size \| 10 \|', r'\| seed \| \d+ \|',
-                   rf'\| TensorFlow \| {tf.__version__} \|', 'ResNet-8',
-                   r'\| device \| .*CPU'):
+  for expected in (r'--batch_size\|10', r'seed\|\d+', 'ResNet-8',
+                   rf'TensorFlow\|{tf.__version__}', r'device\|.*CPU'):
     assert re.search(expected, text.decode())
+
+
+def test_tensorboard_forgets_what_is_trained_again(
+    data_dir, tmp_path, monkeypatch, capsys):
+  """After step 8 the run goes on from step 4: no value stands there twice."""
+  monkeypatch.setattr(cifar10_main, 'LOG_STEPS', 1)
+  run(data_dir, tmp_path, train_steps=8)
+  for path in tmp_path.glob('model.ckpt-8.*'):
+    path.unlink()
+  time.sleep(1)  # the files of events are ordered by seconds
+  run(data_dir, tmp_path, train_steps=8)
+  for folder, tag, steps in ((tmp_path, 'loss', range(1, 9)),
+                             (tmp_path / 'eval', 'accuracy', (4, 8))):
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Tensors(tag)] == list(steps)
+
+
+def test_events_without_room(data_dir, tmp_path, monkeypatch, log, capsys):
+  monkeypatch.setattr(cifar10_main, 'LOG_STEPS', 1)
+  monkeypatch.setattr(cifar10_main.shutil, 'disk_usage',
+                      lambda folder: mock.Mock(free=0))
+  run(data_dir, tmp_path)
+  assert log.count(f'No room in {tmp_path}: TensorBoard misses values') == 1
+
+
+def test_batch_size_that_moves_the_learning_rate(
+    data_dir, tmp_path, log, capsys):
+  boundaries = {10: [6, 9, 12], 25: [2, 3, 9]}
+  run(data_dir, tmp_path, train_steps=4)
+  with mock.patch.object(
+      cifar10_main, 'learning_rate_boundaries', boundaries.get):
+    run(data_dir, tmp_path, train_steps=5)
+    assert not [line for line in log if 'The batch size was' in line]
+    run(data_dir, tmp_path, train_steps=6, batch_size=25)
+  assert [line for line in log if 'The batch size was' in line] == [
+      'The batch size was 10: with 25, 2 drops of the learning rate lie before '
+      'step 5 instead of 0']
 
 
 def run_cycles(monkeypatch, inner_loop, **changes):
@@ -177,7 +217,7 @@ def test_evaluation_averages(data_dir, capsys):
   state = make_state()
   dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
   eval_step = cifar10_main.make_eval_step(state.network)
-  results, shares = cifar10_main.evaluate(eval_step, dataset, 'path', 7)
+  results, matrix = cifar10_main.evaluate(eval_step, dataset, 'path', 7)
   losses, correct, expected = [], 0, np.zeros([10, 10])
   for features, labels in dataset:
     outputs = cifar10_main.cifar10_model_fn(
@@ -190,8 +230,10 @@ def test_evaluation_averages(data_dir, capsys):
   np.testing.assert_allclose(results['loss'], np.mean(losses), rtol=1e-6)
   assert results['accuracy'] == float(str(np.float32(correct / 23)))
   assert results['global_step'] == 7
-  images = np.maximum(expected.sum(axis=1, keepdims=True), 1)
-  np.testing.assert_allclose(shares, expected / images)
+  np.testing.assert_array_equal(matrix, expected)
+  images = np.maximum(expected.sum(axis=1), 1)
+  np.testing.assert_allclose(
+      [*cifar10_main.accuracies(matrix).values()], expected.diagonal() / images)
   assert capsys.readouterr().out == f'{results}\n'
 
 

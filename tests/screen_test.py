@@ -106,7 +106,7 @@ def test_run_without_any_output(undisturbed):
     ('No devices were found', None, False),
 ])
 def test_gpu_that_cannot_be_used(
-    tmp_path, monkeypatch, listed, visible, expected):
+    tmp_path, monkeypatch, log, listed, visible, expected):
   """A stand-in for its driver's tool lists one that TensorFlow cannot see."""
   tool = tmp_path / 'nvidia-smi'
   tool.write_text(f'#!/bin/sh\necho "{listed}"\n')
@@ -117,7 +117,8 @@ def test_gpu_that_cannot_be_used(
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
   if visible is not None:
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
-  assert resnet_model.has_idle_gpu() == expected
+  resnet_model.warn_of_idle_gpu()
+  assert any('cannot use the GPU' in line for line in log) == expected
 
 
 def test_progress_of_the_download(tmp_path):
