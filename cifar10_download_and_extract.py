@@ -160,7 +160,8 @@ def errors_in_one_line() -> Iterator[None]:
   except Cifar10Error as error:
     message = str(error)
   except MemoryError:
-    message = 'The machine has too little memory: try a smaller --batch_size'
+    message = ('The machine has too little memory: end other programs, or try '
+               'a smaller --batch_size')
   finally:
     show_status()
   sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')
@@ -502,8 +503,8 @@ def fetch_archive(data_url: str, filename: str, archive: str,
 
 
 def shown(url: str) -> str:
-  """Returns an address without the user and password in it."""
-  return re.sub(r'//[^/]*@', '//', url)
+  """Returns an address without the secrets in it: password and query."""
+  return re.sub(r'(?<=//)[^/]*@|[?#].*', '', url)
 
 
 def download(data_url: str, filename: str) -> None:
@@ -550,13 +551,14 @@ def receive(data_url: str, size: int) -> Iterator[tuple[int, bytes, int]]:
   """
   wanted = {'Range': f'bytes={size}-'} if size else {}
   try:
-    request = urllib.request.Request(shown(data_url), headers=wanted)
-    user, _, password = urllib.parse.urlsplit(data_url).netloc.rpartition('@')[
-        0].partition(':')
-    if user:
-      secret = urllib.parse.unquote_to_bytes(f'{user}:{password}')
-      request.add_unredirected_header(  # to no other server
-          'Authorization', 'Basic ' + base64.b64encode(secret).decode())
+    parts = urllib.parse.urlsplit(data_url)
+    login, _, host = parts.netloc.rpartition('@')
+    request = urllib.request.Request(
+        parts._replace(netloc=host).geturl(), headers=wanted)
+    if login:
+      login = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+      # To no other server, if this one redirects.
+      request.add_unredirected_header('Authorization', f'Basic {login}')
     with OPENER.open(request, timeout=TIMEOUT_SECONDS) as response:
       place = size if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
       length = response.headers.get('Content-Length', '')
@@ -597,8 +599,10 @@ def chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def muted_errors() -> Iterator[None]:
-  """Lets nothing through to standard error, from libraries in C++ either."""
+def quiet_import() -> Iterator[None]:
+  """Silences TensorFlow, which the block imports; its errors are exceptions."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  # It prints some notices before it reads that level.
   if not sys.stderr:
     yield
     return
@@ -616,6 +620,7 @@ def show_log() -> None:
   """Shows the log lines, with the prefix they had in 2017, and nothing else."""
   logging.use_absl_handler()
   if not flags.FLAGS.is_parsed():  # in a notebook; else as --verbosity says
+    flags.FLAGS.mark_as_parsed()  # without this absl complains
     logging.set_verbosity(logging.INFO)
   # The rest of TensorFlow's notices does not help the user.
   python_logging.getLogger('tensorflow').setLevel('ERROR')
@@ -680,7 +685,7 @@ def extract(archive: str, names: list[str], folder: str) -> None:
               shutil.copyfileobj(tar.extractfile(member), file)
             missing.remove(name)
   except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error,
-          ValueError, MemoryError, RecursionError) as error:
+          ValueError, RecursionError) as error:
     raise Cifar10Error(f'it is damaged ({reason(error)})') from None
   if missing:
     raise Cifar10Error(f'it lacks a whole {FOLDER_NAME}/{min(missing)}')

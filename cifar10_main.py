@@ -34,16 +34,14 @@ if __name__ == '__main__':
   # oneDNN's convolutions, which TensorFlow leaves off on a CPU without AVX-512
   # although they are at least 1.5 times as fast there.
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
-  # Silence TensorFlow's own log: its errors reach us as exceptions.
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   # Until there is something to save, Ctrl-C simply ends the process.
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-  # TensorFlow prints some notices before it reads that level.
-  import cifar10_download_and_extract
-  cifar10_download_and_extract.show_status('Loading TensorFlow')
-  with cifar10_download_and_extract.muted_errors():
+  import cifar10_download_and_extract as cifar10
+  cifar10.show_status('Loading TensorFlow')
+  with cifar10.quiet_import():
     import tensorflow  # noqa: F401
+  cifar10.show_status()
 
 from absl import app, flags, logging
 import numpy as np

@@ -692,7 +692,7 @@ def test_password_in_the_address(data_dir, files, archive, server, capsys):
     (good if seen[-1] else status(401))(request)
 
   server.behaviours = [protected, status(403)]
-  url = server.url.replace('http://', 'http://me:secret%21@')
+  url = server.url.replace('http://', 'http://me:secret%21@') + '?key=secret'
   cifar10.download_and_extract(str(data_dir), url)
   assert seen == ['Basic bWU6c2VjcmV0IQ==']
   assert_complete(data_dir, files, archive)

@@ -385,7 +385,7 @@ def test_values_that_differ_between_machines(monkeypatch):
   def total(value):
     number[len(number)] = value
     # The first one's own values count; then where the second one differs.
-    return value if len(number) == 1 else value + [0, 1, 0]
+    return value if len(number) == 1 else value + np.array([0, 1, 0])
 
   monkeypatch.setattr(cifar10_main, 'total', total)
   with pytest.raises(cifar10.Cifar10Error, match='machines differ in b: start'):
@@ -405,7 +405,8 @@ def test_port_that_is_in_use():
     '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}}',
     '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]},'
     ' "task": {"type": "worker", "index": 7}}',
-    *('{"cluster": %s, "task": {"type": "%s", "index": 0}}' % case for case in (
+    *(f'{{"cluster": {cluster}, "task": {{"type": "{role}", "index": 0}}}}'
+      for cluster, role in (
         ('{"worker": ["127.0.0.1:1"]}', 'evaluator'),
         ('{"chief": ["127.0.0.1:1"], "ps": ["127.0.0.1:2"]}', 'chief'),
         ('{"worker": ["127.0.0.1:1", "127.0.0.1:1"]}', 'worker'),
