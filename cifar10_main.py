@@ -545,7 +545,7 @@ def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
     for name, accuracy in accuracies(matrix).items():
       tf.summary.scalar(f'per_class/{name}', accuracy)
     tf.summary.text('confusion_matrix', markdown_table(
-        ['label, predicted:', *cifar10.CLASSES],
+        [r'label \ predicted', *cifar10.CLASSES],
         *([name, *row] for name, row in zip(cifar10.CLASSES, matrix))))
   writer.flush()
 
@@ -655,9 +655,10 @@ def train_and_evaluate(
         tf.summary.create_file_writer, (settings.model_dir, eval_dir))
     with train_writer.as_default(step):
       tf.summary.text('run', markdown_table(['', ''], *facts.items()))
-      summary_v2.hparams({
-          **settings.of_training, 'resnet_size': state.network.resnet_size,
-          'data_format': state.network.data_format, 'seed': str(seed)})
+      summary_v2.hparams(
+          {**settings.of_training, 'resnet_size': state.network.resnet_size,
+           'data_format': state.network.data_format, 'seed': str(seed)},
+          trial_id=settings.model_dir)
     eval_step = make_eval_step(state.network)
 
     def evaluate_now(path, step):
