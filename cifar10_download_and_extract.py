@@ -8,8 +8,8 @@ records. A record has 3,073 bytes: a label 0-9, then 1,024 red, 1,024 green and
 1,024 blue values, row by row [1]. Only verified files get these names, and
 complete files are left alone.
 
-What both scripts need stands here too: reading records, locking a folder, the
-status line, and errors in one line.
+What both scripts need stands here too: reading records, errors in one line,
+signals, locking a folder, waiting for other machines, log and status line.
 
 References:
   [1] Alex Krizhevsky: Learning Multiple Layers of Features from Tiny Images.

@@ -4,9 +4,17 @@
     python cifar10_main.py --resnet_size=32 --train_steps=100000
 
 A port of the CIFAR-10 script in TensorFlow's models repository of 2017 to plain
-TensorFlow 2. Recipe, flags, log lines and checkpoints are the original's. The
-file goes from the input to the command line: input, model, checkpoints,
-training, hooks, evaluation, export, the run with its loop, devices, command.
+TensorFlow 2. Recipe, flags, log lines and checkpoints are the original's.
+
+Flags by purpose:
+  training       --train_steps --batch_size --resnet_size --seed
+  evaluation     --steps_per_eval --eval_only
+  folders        --data_dir --model_dir --export_dir --save_checkpoints_secs
+  device, speed  --num_gpus --dtype --data_format --xla
+  without data   --use_synthetic_data
+
+The code goes from the input to the command line: input, model, training, hooks,
+evaluation, export, the run with its loop, devices, command.
 
 References:
   [1] Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: Deep Residual Learning
@@ -884,12 +892,12 @@ def define_flags() -> None:
   flags.declare_key_flag('data_dir')  # for --help to list it here too
   flags.DEFINE(
       cifar10.PathParser(), 'model_dir', Settings.model_dir,
-      'Folder of checkpoints and TensorBoard events. With synthetic data the '
-      'default has _synthetic at the end.')
+      'Folder of checkpoints and TensorBoard events. With --use_synthetic_data '
+      'the default ends with _synthetic.')
   flags.DEFINE_integer(
       'resnet_size', Settings.resnet_size,
-      "Depth of the network, 6n + 2. The default is the newest checkpoint's in "
-      'model_dir, and 32 in a new folder.')
+      'Depth of the network, 6n + 2: 8, 14, 20, ... The default is that of the '
+      'newest checkpoint in --model_dir, and 32 in a new folder.')
   flags.register_validator(
       'resnet_size',
       lambda size: size is None or resnet_model.is_resnet_size(size),
@@ -906,23 +914,25 @@ def define_flags() -> None:
       'Seconds between checkpoints. Each cycle also ends with one.', 1)
   flags.DEFINE_enum(
       'data_format', Settings.data_format, list(resnet_model.LAYOUTS), 'Layout '
-      'in the network. By default channels_first on a GPU, else channels_last.')
+      'of the images in the network. The default is channels_first on a GPU, '
+      'else channels_last.')
   flags.DEFINE_enum('dtype', Settings.dtype, list(DTYPES),
                     'Number type of the convolutions. All else is fp32.')
   flags.DEFINE_enum('xla', Settings.xla, ['auto', 'on', 'off'],
                     'Compile the training step with XLA. auto: on a GPU only.')
   flags.DEFINE_integer(
       'num_gpus', None, 'GPUs of this machine that share each batch: -1 all, 0 '
-      'none. By default one, if there is one.', -1)
+      'none. The default is one, if there is one.', -1)
   flags.DEFINE_integer(
       'seed', Settings.seed, 'Seed of initial values and batches, to repeat a '
       'run exactly. The default is random, and logged.', 0, 2**32 - 1)
   flags.DEFINE_bool('use_synthetic_data', Settings.use_synthetic_data,
                     'Train and evaluate on generated images: no data needed.')
-  flags.DEFINE_bool('eval_only', False, 'Only evaluate the newest checkpoint; '
-                    'prints the accuracy of each class.')
-  flags.DEFINE(cifar10.PathParser(), 'export_dir', None, 'New folder for a '
-               'SavedModel, written at the end, or at once with --eval_only.')
+  flags.DEFINE_bool('eval_only', False, 'Only evaluate the newest checkpoint '
+                    'and print the accuracy of each class.')
+  flags.DEFINE(
+      cifar10.PathParser(), 'export_dir', None, 'New folder for a SavedModel, '
+      'written after training or with --eval_only.')
 
 
 def settings_from(values: flags.FlagValues) -> Settings:
