@@ -804,9 +804,9 @@ def warn_of_drops(settings: Settings, state: TrainState) -> None:
            for size in (before or settings.batch_size, settings.batch_size)]
   if drops[0] != drops[1]:
     logging.warning(
-        'The batch size was %d: with %d, %d drops of the learning rate lie '
-        'before step %d instead of %d', before, settings.batch_size, drops[1],
-        step, drops[0])
+        'The batch size changes from %d to %d, and with it the learning rate: '
+        '%d of its drops lie before step %d, not %d', before,
+        settings.batch_size, drops[1], step, drops[0])
 
 
 def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:

@@ -127,11 +127,11 @@ def test_batch_size_that_moves_the_learning_rate(
   with mock.patch.object(
       cifar10_main, 'learning_rate_boundaries', boundaries.get):
     run(data_dir, tmp_path, train_steps=5)
-    assert not [line for line in log if 'The batch size was' in line]
+    assert not [line for line in log if 'The batch size changes' in line]
     run(data_dir, tmp_path, train_steps=6, batch_size=25)
-  assert [line for line in log if 'The batch size was' in line] == [
-      'The batch size was 10: with 25, 2 drops of the learning rate lie before '
-      'step 5 instead of 0']
+  assert [line for line in log if 'The batch size changes' in line] == [
+      'The batch size changes from 10 to 25, and with it the learning rate: 2 '
+      'of its drops lie before step 5, not 0']
 
 
 def run_cycles(monkeypatch, inner_loop, **changes):
