@@ -685,7 +685,7 @@ def extract(archive: str, names: list[str], folder: str) -> None:
               shutil.copyfileobj(tar.extractfile(member), file)
             missing.remove(name)
   except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error,
-          ValueError, RecursionError) as error:
+          ValueError, MemoryError, RecursionError) as error:
     raise Cifar10Error(f'it is damaged ({reason(error)})') from None
   if missing:
     raise Cifar10Error(f'it lacks a whole {FOLDER_NAME}/{min(missing)}')

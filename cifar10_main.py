@@ -472,8 +472,8 @@ def warn_of_full_disk(folder: str, step: int, values: dict) -> None:
         logging.WARNING, 'No room in %s: TensorBoard misses values', 1, folder)
 
 
-def mark_restart(folder: str, step: int) -> None:
-  """Tells TensorBoard that what was logged from this step on comes again."""
+def mark_start(folder: str, step: int) -> None:
+  """Lets TensorBoard drop what an earlier run has logged from this step on."""
   v1 = tf.compat.v1
   with tf.Graph().as_default(), v1.summary.FileWriter(folder) as writer:
     writer.add_session_log(v1.SessionLog(status=v1.SessionLog.START), step)
@@ -656,9 +656,8 @@ def train_and_evaluate(
     if not is_chief():
       return run_cycles(settings, state, train_data, interrupted)
     eval_dir = os.path.join(settings.model_dir, 'eval')
-    if step:
-      mark_restart(settings.model_dir, step + 1)
-      mark_restart(eval_dir, step)
+    mark_start(settings.model_dir, step + 1)
+    mark_start(eval_dir, step)
     train_writer, eval_writer = map(
         tf.summary.create_file_writer, (settings.model_dir, eval_dir))
     with train_writer.as_default(step):

@@ -12,7 +12,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.backend.event_processing import (
+  event_accumulator,
+  plugin_event_accumulator,
+)
 import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
@@ -108,7 +111,7 @@ def test_tensorboard_forgets_what_is_trained_again(
   run(data_dir, tmp_path, train_steps=8)
   for folder, tag, steps in ((tmp_path, 'loss', range(1, 9)),
                              (tmp_path / 'eval', 'accuracy', (4, 8))):
-    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    events = plugin_event_accumulator.EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Tensors(tag)] == list(steps)
 
 
