@@ -121,9 +121,9 @@ def test_each_step_has_the_originals_numbers(
 
 
 @pytest.mark.parametrize(('dtype', 'xla'), [
-    ('bf16', False), ('fp16', True),
+    ('bf16', False), ('fp16', False),
     pytest.param('bf16', True, marks=pytest.mark.slow),
-    pytest.param('fp16', False, marks=pytest.mark.slow)])
+    pytest.param('fp16', True, marks=pytest.mark.slow)])
 def test_each_step_has_about_the_same_numbers_in_16_bits(
     golden, originals_steps, dtype, xla):
   for expected_values, values, state, expected in steps_side_by_side(

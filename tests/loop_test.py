@@ -123,18 +123,21 @@ def test_events_without_room(data_dir, tmp_path, monkeypatch, log, capsys):
   assert log.count(f'No room in {tmp_path}: TensorBoard misses values') == 1
 
 
-def test_batch_size_that_moves_the_learning_rate(
-    data_dir, tmp_path, log, capsys):
-  boundaries = {10: [6, 9, 12], 25: [2, 3, 9]}
-  run(data_dir, tmp_path, train_steps=4)
+def test_batch_size_that_moves_the_learning_rate(log):
+  """After 104 steps in batches of 10: two of them were logged."""
+  state = make_state()
+  state.global_step.assign(104)
+  state.train_accuracy.assign([3, 20])
+  boundaries = {10: [104, 150, 200], 25: [42, 103, 104], 9: [105, 150, 200]}
   with mock.patch.object(
       cifar10_main, 'learning_rate_boundaries', boundaries.get):
-    run(data_dir, tmp_path, train_steps=5)
-    assert not [line for line in log if 'The batch size changes' in line]
-    run(data_dir, tmp_path, train_steps=6, batch_size=25)
-  assert [line for line in log if 'The batch size changes' in line] == [
+    for batch_size in (10, 9, 25):
+      cifar10_main.warn_of_drops(
+          small_settings(None, None, batch_size=batch_size, steps_per_eval=400),
+          state)
+  assert log == [
       'The batch size changes from 10 to 25, and with it the learning rate: 2 '
-      'of its drops lie before step 5, not 0']
+      'of its drops lie before step 104, not 0']
 
 
 def run_cycles(monkeypatch, inner_loop, **changes):
