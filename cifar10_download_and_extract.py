@@ -619,8 +619,9 @@ def quiet_import() -> Iterator[None]:
 def show_log() -> None:
   """Shows the log lines, with the prefix they had in 2017, and nothing else."""
   logging.use_absl_handler()
-  if not flags.FLAGS.is_parsed():  # in a notebook; else as --verbosity says
-    flags.FLAGS.mark_as_parsed()  # without this absl complains
+  if not flags.FLAGS.is_parsed():  # in a notebook; absl would complain
+    flags.FLAGS.mark_as_parsed()
+  if flags.FLAGS['verbosity'].using_default_value:  # app.run sets it just once
     logging.set_verbosity(logging.INFO)
   # The rest of TensorFlow's notices does not help the user.
   python_logging.getLogger('tensorflow').setLevel('ERROR')

@@ -399,6 +399,26 @@ def test_readme_on_notebooks(tmp_path):
                   'channels_last, float32')
 
 
+def test_script_run_twice_in_a_notebook(tmp_path):
+  """As %run does: in one process, each time with its log."""
+  code = (
+      'import runpy, sys\n'
+      'for steps in (1, 2):\n'
+      '  sys.argv = ["cifar10_main.py", "--use_synthetic_data",\n'
+      '              "--resnet_size=8", "--batch_size=16",\n'
+      f'              f"--train_steps={{steps}}", "--model_dir={tmp_path}"]\n'
+      '  try:\n'
+      '    runpy.run_path("cifar10_main.py", run_name="__main__")\n'
+      '  except SystemExit as end:\n'
+      '    assert not end.code\n')
+  result = subprocess.run([sys.executable, '-c', code], capture_output=True,
+                          text=True, check=True, cwd=os.path.dirname(SCRIPT))
+  assert only_log_and_results(result.stderr.splitlines()), result.stderr
+  for step in (1, 2):
+    assert f'Saving checkpoints for {step} into' in result.stderr
+  assert len(result.stdout.splitlines()) == 2
+
+
 def test_readme_on_pictures(tmp_path, capsys, undisturbed):
   """It prints the likeliest classes of a picture's middle square."""
   image = np.random.default_rng(0).integers(0, 256, [32, 32, 3], np.uint8)
