@@ -331,6 +331,7 @@ def accuracy_of(classify, images, labels):
   return np.mean(found == labels)
 
 
+@pytest.mark.filterwarnings('ignore:.*tf.lite.Interpreter is deprecated')
 def test_export_for_keras_and_tensorflow_lite(undisturbed):
   """Float, and quantized to int8 by the signature `standardized`."""
   folder = str(undisturbed.export_dir)
