@@ -317,11 +317,9 @@ def make_state(resnet_size: int, data_format: str | None = None,
     flag = ('data_format=channels_first' if data_format == 'channels_first'
             else f'dtype={dtype}')
     raise Cifar10Error(f'--{flag} does not run on this device: leave it out')
-  if seed is None:
-    seed = np.random.SeedSequence().generate_state(1).item()
   network = resnet_model.cifar10_resnet_v2_generator(
       resnet_size, NUM_CLASSES, data_format, DTYPES[dtype], seed)
-  return TrainState(network, seed)
+  return TrainState(network, network.seed)
 
 
 def open_model(settings: Settings) -> tuple[TrainState, Checkpoints]:
@@ -950,6 +948,9 @@ def run(settings: Settings, values: flags.FlagValues,
   """Does what the flags ask for; returns False if it was interrupted."""
   with strategy.scope():
     chief = is_chief()
+    require_same({
+        **{f'--{name}': value for name, value in settings.of_training.items()},
+        '--eval_only': values.eval_only, 'TensorFlow': tf.__version__})
   if not chief:
     logging.warning('The first machine logs, saves and prints')
     logging.set_verbosity(min(logging.get_verbosity(), logging.WARNING))
@@ -960,10 +961,6 @@ def run(settings: Settings, values: flags.FlagValues,
     raise Cifar10Error(f'--export_dir={export_dir} is there already: name a '
                        'new folder, or remove it')
   finished = True
-  with strategy.scope():
-    require_same({
-        **{f'--{name}': value for name, value in settings.of_training.items()},
-        '--eval_only': values.eval_only, 'TensorFlow': tf.__version__})
   if not values.eval_only:
     # Only training is shared: the rest would wait for the other machines.
     with strategy.scope():

@@ -175,6 +175,7 @@ class Cifar10ResnetV2(tf.Module):
     self.resnet_size = resnet_size
     self.data_format = data_format
     self.dtype = dtype
+    self.seed = seed  # of the initial values
     make = LayerFactory(data_format, seed)
     channels = BLOCK_LAYERS[0][0]
     self.initial_conv = make.conv2d(NUM_CHANNELS, channels, 3, 1)
