@@ -138,8 +138,6 @@ def record_dataset(
   Returns:
     Dataset of record numbers, int64 [N], and, for training, views, int32 [N].
   """
-  # Dataset.shuffle mixes its seed with the global one: fix that. 0 fails.
-  tf.random.set_seed(1)
   numbers = tf.data.Dataset.range(num_records)
   if mode != 'train':
     return numbers.batch(batch_size)
@@ -147,8 +145,13 @@ def record_dataset(
   def batches_of(cycle):
     cycle_seed = tf.random.stateless_uniform(
         [], [seed, cycle], None, None, tf.int64)
-    shuffled = numbers.repeat().shuffle(
-        SHUFFLE_RECORDS + 3 * batch_size, cycle_seed, False)
+    # Not by numbers.shuffle: it has a state, and for that --seed, by which
+    # ops are deterministic, would have no batch prepared ahead or in parallel.
+    shuffled = tf.data.experimental.from_variant(tf.raw_ops.ShuffleDataset(
+        input_dataset=tf.data.experimental.to_variant(numbers.repeat()),
+        buffer_size=SHUFFLE_RECORDS + 3 * batch_size, seed=1,
+        seed2=cycle_seed % tf.int32.max, reshuffle_each_iteration=False,
+        output_types=[tf.int64], output_shapes=[[]]), numbers.element_spec)
     return shuffled.batch(batch_size, drop_remainder=True).take(steps_per_eval)
 
   cycles = tf.data.Dataset.range(step // steps_per_eval, tf.int64.max)

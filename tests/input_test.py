@@ -3,6 +3,8 @@
 import functools
 import itertools
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
 import cifar10_main
-from tests.helpers import numbered_records, write_data
+from tests.helpers import ROOT, numbered_records, write_data
 
 
 def standardize(image):
@@ -126,6 +128,34 @@ def test_training_order():
         record_numbers(draw(seed=1, step=step), 300 - step),
         np.concatenate([first, second, third])[step:])
   assert not np.array_equal(record_numbers(draw(seed=2), 100), first)
+
+
+PREPARED_AHEAD = """
+import time
+import tensorflow as tf
+import cifar10_main
+
+tf.config.experimental.enable_op_determinism()  # as --seed does
+batches = iter(cifar10_main.input_fn('train', None, 1000, True))
+
+def seconds_for_five():
+  started = time.perf_counter()
+  for _ in range(5):
+    next(batches)
+  return time.perf_counter() - started
+
+seconds_for_five()
+made = seconds_for_five()
+time.sleep(2)
+print(made, seconds_for_five())
+"""
+
+
+def test_seed_leaves_batches_prepared_ahead():
+  result = subprocess.run([sys.executable, '-c', PREPARED_AHEAD], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+  made, taken = map(float, result.stdout.split())
+  assert taken < made / 3
 
 
 def test_shuffle_buffer_is_the_originals(monkeypatch):
