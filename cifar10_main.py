@@ -145,8 +145,9 @@ def record_dataset(
   def batches_of(cycle):
     cycle_seed = tf.random.stateless_uniform(
         [], [seed, cycle], None, None, tf.int64)
-    # Not by numbers.shuffle: it has a state, and for that --seed, by which
-    # ops are deterministic, would have no batch prepared ahead or in parallel.
+    # What numbers.shuffle draws from this seed when the global one is 1. But
+    # shuffle has a state, and because of it no batch would be prepared ahead or
+    # in parallel when ops are deterministic, as with --seed.
     shuffled = tf.data.experimental.from_variant(tf.raw_ops.ShuffleDataset(
         input_dataset=tf.data.experimental.to_variant(numbers.repeat()),
         buffer_size=SHUFFLE_RECORDS + 3 * batch_size, seed=1,
