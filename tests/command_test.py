@@ -383,7 +383,8 @@ def test_readme_on_notebooks(tmp_path):
   """Log and results are shown, and nothing of TensorFlow's."""
   code = readme_code('show_log')
   for now, quick in (('/tmp/cifar10_notebook', str(tmp_path)),
-                     ('train_steps=200', 'train_steps=2')):
+                     ('train_steps=200', 'train_steps=2'),
+                     ('steps_per_eval=100', 'steps_per_eval=2')):
     assert now in code
     code = code.replace(now, quick)
   code += ('print(results, confusion_matrix.shape, '
