@@ -7,34 +7,147 @@ A port of the CIFAR-10 script in TensorFlow's models repository of 2017 to plain
 TensorFlow 2. Recipe, flags, log lines and checkpoints are the original's.
 
 Flags by purpose:
-  training       --train_steps --batch_size --resnet_size --seed
-  evaluation     --steps_per_eval --eval_only
-  folders        --data_dir --model_dir --export_dir --save_checkpoints_secs
+  training       --train_steps --steps_per_eval --batch_size --resnet_size
+                 --seed
+  use            --eval_only --predict --export_dir
+  folders        --data_dir --model_dir --save_checkpoints_secs
   device, speed  --num_gpus --dtype --data_format --xla
   without data   --use_synthetic_data
 
-The code goes from the input to the command line: input, model, training, hooks,
-evaluation, export, the run with its loop, devices, command.
+The code goes from the settings to the command line: settings and flags, log and
+signals, machines, input, model, checkpoints, training, hooks, evaluation,
+export, the run with its loop, prediction, devices, command. Each uses what
+stands above it.
 
 References:
   [1] Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: Deep Residual Learning
       for Image Recognition. arXiv:1512.03385. Section 4.2: the augmentation.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
-import datetime
 import functools
+import glob
+import logging as python_logging
 import os
 import platform
+import re
 import shutil
 import signal
-import threading
+import socket
+import sys
+import tempfile
 import time
 import zlib
 
+from absl import app, flags, logging
+
+import cifar10_download_and_extract as cifar10
+from cifar10_download_and_extract import Cifar10Error, reason
+
+DATA_FORMATS = ('channels_first', 'channels_last')
+DTYPES = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
+MAX_STEPS = 10**15
+INSTALL = 'pip install -r requirements.txt brings what this needs'
+NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = (
+    len(cifar10.TRAIN_FILES) * cifar10.RECORDS_PER_FILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What a run is to do. Each field is the flag of the same name.
+
+  Raises:
+    ValueError: A field has a value that the flag would not take.
+  """
+  data_dir: str = '/tmp/cifar10_data'
+  model_dir: str = '/tmp/cifar10_model'
+  resnet_size: int | None = None  # the newest checkpoint's; 32 in a new folder
+  train_steps: int = 100000
+  steps_per_eval: int = 4000
+  batch_size: int = 128
+  save_checkpoints_secs: int = 600
+  data_format: str | None = None  # the faster one on the device
+  dtype: str = 'fp32'
+  xla: str = 'auto'
+  seed: int | None = None  # random
+  use_synthetic_data: bool = False
+
+  def __post_init__(self):
+    parsed = flags.FlagValues()
+    define_flags(parsed)
+    try:  # the flags have the rules
+      parsed(['Settings', *(f'--{name}={value}' for name, value
+                            in vars(self).items() if value is not None)])
+    except flags.Error as error:
+      raise ValueError(str(error)) from None
+    for name in vars(self):
+      object.__setattr__(self, name, parsed[name].value)
+    # Real training must not go on from weights that learned generated images.
+    if self.use_synthetic_data and self.model_dir == Settings.model_dir:
+      object.__setattr__(self, 'model_dir', f'{self.model_dir}_synthetic')
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags of this script."""
+  if 'model_dir' in values:  # a second %run in a notebook
+    values.unparse_flags()
+    return
+  integer, choice, switch = (
+      functools.partial(define, flag_values=values) for define in (
+          flags.DEFINE_integer, flags.DEFINE_enum, flags.DEFINE_bool))
+  path = functools.partial(
+      flags.DEFINE, cifar10.PathParser(), flag_values=values)
+  cifar10.define_data_dir(values)
+  flags.declare_key_flag('data_dir', values)  # for --help to list it here too
+  path('model_dir', Settings.model_dir, 'Folder of checkpoints and TensorBoard '
+       'events. With --use_synthetic_data the default ends with _synthetic.')
+  integer('resnet_size', Settings.resnet_size,
+          'Depth of the network, 6n + 2: 8, 14, 20, ... The default is that of '
+          'the newest checkpoint in --model_dir, and 32 in a new folder.')
+  flags.register_validator(
+      'resnet_size', lambda n: n is None or (n >= 8 and n % 6 == 2),
+      'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...', values)
+  integer('train_steps', Settings.train_steps,
+          'Training steps (batches) in total.', 1, MAX_STEPS)
+  integer('steps_per_eval', Settings.steps_per_eval,
+          'Training steps between evaluations.', 1, MAX_STEPS)
+  integer('batch_size', Settings.batch_size,
+          'Images per batch. The learning rate scales with it.',
+          1, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
+  integer('save_checkpoints_secs', Settings.save_checkpoints_secs,
+          'Seconds between checkpoints. Each cycle also ends with one.', 0)
+  choice('data_format', Settings.data_format, DATA_FORMATS,
+         'Layout of the images in the network. The default is channels_first '
+         'on a GPU, else channels_last.')
+  choice('dtype', Settings.dtype, list(DTYPES),
+         'Number type of the convolutions. All else is fp32.')
+  choice('xla', Settings.xla, ['auto', 'on', 'off'],
+         'Compile the training step with XLA. auto: on a GPU only.')
+  switch('eval_only', False, 'Only evaluate the newest checkpoint and print '
+         'the accuracy of each class.')
+  flags.DEFINE_list(
+      'predict', None, 'Only print the likeliest classes of these pictures, by '
+      'the newest checkpoint: cat.jpg,dog.png. JPEG, PNG, GIF, BMP or WebP.',
+      flag_values=values)
+  integer('num_gpus', None, 'GPUs of this machine that share each batch: -1 '
+          'all, 0 none. The default is one, if there is one.', -1)
+  integer('seed', Settings.seed, 'Seed of initial values and batches, to '
+          'repeat a run exactly. The default is random, and logged.',
+          0, 2**32 - 1)
+  switch('use_synthetic_data', Settings.use_synthetic_data,
+         'Train and evaluate on generated images: no data needed.')
+  path('export_dir', None, 'New folder for a SavedModel, written after '
+       'training or with --eval_only.')
+
+
 if __name__ == '__main__':
+  cifar10.open_standard_streams()
+  # Bad flags and --help are answered before TensorFlow, which takes seconds.
+  define_flags()
+  app.define_help_flags()
+  app.parse_flags_with_usage(sys.argv)
   # TensorFlow reads these when it is imported. cuDNN's faster 3x3 convolutions:
   os.environ['TF_ENABLE_WINOGRAD_NONFUSED'] = '1'
   # Take GPU memory as it is needed, and leave the rest to other processes.
@@ -45,26 +158,27 @@ if __name__ == '__main__':
   # Until there is something to save, Ctrl-C simply ends the process.
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-  import cifar10_download_and_extract as cifar10
   cifar10.show_status('Loading TensorFlow')
-  with cifar10.quiet_import():
-    import tensorflow  # noqa: F401
+  with cifar10.errors_in_one_line(), cifar10.quiet_import():
+    try:
+      import tensorboard  # noqa: F401
+      import tensorflow
+    except ImportError as error:
+      raise Cifar10Error(f'{error}: {INSTALL}') from None
+    if tuple(map(int, tensorflow.__version__.split('.')[:2])) < (2, 16):
+      raise Cifar10Error(
+          f'TensorFlow {tensorflow.__version__} is too old: {INSTALL}')
   cifar10.show_status()
 
-from absl import app, flags, logging
 import numpy as np
-from tensorboard.plugins.hparams import summary_v2  # `api` imports Keras
 import tensorflow as tf
 
-import cifar10_download_and_extract as cifar10
-from cifar10_download_and_extract import Cifar10Error, reason
 import resnet_model
-from resnet_model import Checkpoints, Cifar10ResnetV2, tf1_name
+from resnet_model import Cifar10ResnetV2, tf1_name
 
-HEIGHT, WIDTH, DEPTH = 32, 32, 3
+HEIGHT, WIDTH, DEPTH = resnet_model.IMAGE_SHAPE
 NUM_CLASSES = len(cifar10.CLASSES)
 NUM_DATA_BATCHES = len(cifar10.TRAIN_FILES)
-NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = NUM_DATA_BATCHES * cifar10.RECORDS_PER_FILE
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10.RECORDS_PER_FILE
 
 PADDING = 4  # black pixels on each side, before a random crop to 32x32 [1]
@@ -78,42 +192,118 @@ MOMENTUM = 0.9
 INITIAL_LEARNING_RATE = 0.1  # for a batch of 128; scales with the batch size
 LEARNING_RATE_EPOCHS = (100, 150, 200)  # after these it drops
 LEARNING_RATE_DECAYS = (1, 0.1, 0.01, 0.001)  # factor before and after each
-DTYPES = {'fp32': tf.float32, 'bf16': tf.bfloat16, 'fp16': tf.float16}
 # Keeps small gradients above fp16's smallest number. Without it they are wrong
 # by up to 40 %; with any scale from 128 to 2**18 by 5 %, like bf16's.
 FP16_LOSS_SCALE = 128
+KEEP_CHECKPOINTS = 5
 LOG_STEPS = 100  # steps between two log lines
 PIECE_SECONDS = 1  # training time between two looks at clock and signals
-MAX_STEPS = 10**15
 NUM_SUMMARY_IMAGES = 6
+WHEN_NOT_FINITE = (', nothing of it is saved: the learning rate is 0.1 * '
+                   'batch_size / 128, try a smaller --batch_size')
+# What reading a damaged checkpoint raises.
+READ_ERRORS = (tf.errors.OpError, RuntimeError, LookupError, ValueError)
+# What an operation, a type or XLA raises that the device does not have.
+CANNOT_COMPUTE = (tf.errors.UnimplementedError, tf.errors.InternalError,
+                  tf.errors.NotFoundError)
+
+# By its name, show_log tells this script's lines from those of other packages.
+log = logging.get_absl_logger().getChild('cifar10')
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What a run is to do. Each field is the flag of the same name."""
-  data_dir: str | None = '/tmp/cifar10_data'
-  model_dir: str = '/tmp/cifar10_model'
-  resnet_size: int | None = None  # the newest checkpoint's; 32 in a new folder
-  train_steps: int = 100000
-  steps_per_eval: int = 4000
-  batch_size: int = 128
-  save_checkpoints_secs: int = 600
-  data_format: str | None = None  # the faster one on the device
-  dtype: str = 'fp32'
-  xla: str = 'auto'
-  seed: int | None = None  # random
-  use_synthetic_data: bool = False
+def show_log() -> None:
+  """Shows the log lines, with the prefix they had in 2017, and nothing else."""
+  logging.use_absl_handler()
+  if not flags.FLAGS.is_parsed():  # in a notebook; absl would complain
+    flags.FLAGS.mark_as_parsed()
+  if flags.FLAGS['verbosity'].using_default_value:  # app.run sets it just once
+    logging.set_verbosity(logging.INFO)
+  # The rest of TensorFlow's notices does not help the user.
+  python_logging.getLogger('tensorflow').setLevel('ERROR')
+  handler = logging.get_absl_handler()
+  handler.setFormatter(
+      python_logging.Formatter('%(levelname)s:tensorflow:%(message)s'))
 
-  @property
-  def of_training(self) -> dict:
-    """What changes the training, by name."""
-    return {name: value for name, value in vars(self).items()
-            if name not in ('data_dir', 'model_dir', 'save_checkpoints_secs')}
+  def filter_line(record):
+    if record.name != log.name and record.levelname == 'INFO':
+      return False
+    cifar10.show_status()  # the line takes its place
+    return True
+
+  handler.addFilter(filter_line)
+
+
+class StopRequest:
+  """Tells, when called, whether a signal has asked to stop.
+
+  Until the first call there is nothing to save: a signal does what it usually
+  does. So does the second one.
+  """
+
+  def __init__(self, *names: str):
+    self.signal, self._names, self._usual = None, names, None
+
+  def __call__(self) -> bool:
+    if self._usual is None:
+      self._usual = {}
+      for number in (getattr(signal, name, None) for name in self._names):
+        # Not those that nohup or a shell lets be ignored; Windows lacks some.
+        if number and signal.getsignal(number) in (
+            signal.SIG_DFL, signal.default_int_handler):
+          self._usual[number] = signal.signal(number, self._receive)
+    return self.signal is not None
+
+  def _receive(self, number, frame):
+    self.signal = number
+    self.end()
+    log.warning('Stopping. A second signal ends at once')
+
+  def end(self) -> None:
+    """Lets signals do again what they usually do."""
+    for number, usual in (self._usual or {}).items():
+      signal.signal(number, usual)
+
+
+def is_chief() -> bool:
+  """Returns whether this is the first machine, which saves and prints."""
+  resolver = tf.distribute.get_strategy().cluster_resolver
+  if not resolver or not resolver.task_type:
+    return True
+  first = 'chief' if 'chief' in resolver.cluster_spec().jobs else 'worker'
+  return (resolver.task_type, resolver.task_id) == (first, 0)
+
+
+def total(value: np.ndarray | int) -> np.ndarray | int:
+  """Returns the sum of the machines' values; all machines have to call this."""
+  strategy = tf.distribute.get_strategy()
+  if strategy.num_replicas_in_sync == 1:
+    return value
+  replicas_here = len(strategy.extended.worker_devices)
+  values = strategy.experimental_distribute_values_from_function(
+      lambda context: tf.constant(
+          value * (context.replica_id_in_sync_group % replicas_here == 0)))
+  return strategy.reduce('SUM', values, axis=None).numpy()
+
+
+def require_same(facts: dict) -> None:
+  """Raises Cifar10Error on all machines if they differ in these values."""
+  ours = np.array([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
+  differ = total((ours != total(ours * is_chief())).astype(int))
+  names = [name for name, number in zip(facts, differ) if number]
+  if names:
+    raise Cifar10Error(f'The machines differ in {", ".join(names)}: start all '
+                       'with the same')
+
+
+def check_mode(mode: str) -> None:
+  """Raises ValueError unless the mode is 'train', 'eval' or 'infer'."""
+  if mode not in ('train', 'eval', 'infer'):
+    raise ValueError(f"mode must be 'train', 'eval' or 'infer', not {mode!r}")
 
 
 def filenames(mode: str, data_dir: str) -> list[str]:
   """Returns the paths of the record files for 'train', 'eval' or 'infer'."""
-  cifar10.check_mode(mode)
+  check_mode(mode)
   folder = cifar10.batches_folder(data_dir)
   names = cifar10.TRAIN_FILES if mode == 'train' else [cifar10.TEST_FILE]
   return [os.path.join(folder, name) for name in names]
@@ -214,7 +404,7 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
   Raises:
     Cifar10Error: A file is missing or damaged.
   """
-  cifar10.check_mode(mode)
+  check_mode(mode)
   if use_synthetic_data:
     parts, source = [cifar10.synthetic_records(mode)], 'memory'
   else:
@@ -223,8 +413,8 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     source = os.path.dirname(files[0])
   with tf.device('CPU'):
     records = tf.concat(parts, axis=0)
-  logging.info('%s records to %s from %s', f'{len(records):,}',
-               'train' if mode == 'train' else 'evaluate', source)
+  log.info('%s records to %s from %s', f'{len(records):,}',
+           'train' if mode == 'train' else 'evaluate', source)
   if mode == 'train' and tf.distribute.get_strategy().num_replicas_in_sync > 1:
     require_same({'training records': zlib.crc32(records.numpy())})
 
@@ -252,21 +442,70 @@ def prefetch_to_gpu(dataset: tf.data.Dataset) -> tf.data.Dataset:
   return dataset
 
 
+def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
+  """Returns a dataset of which each replica gets an equal share."""
+  strategy = tf.distribute.get_strategy()
+  replicas = strategy.num_replicas_in_sync
+  if batch_size % replicas:
+    raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
+                       f'{replicas} replicas that share it: make it one')
+  dataset = strategy.distribute_datasets_from_function(
+      lambda context: make_dataset(context=context))
+  # Only the default strategy does not copy batches to its device by itself.
+  return prefetch_to_gpu(dataset) if replicas == 1 else dataset
+
+
+def conditions(settings: Settings) -> list[int]:
+  """Returns whether images are generated, and the cores the process may use."""
+  cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+           else os.cpu_count())
+  return [settings.use_synthetic_data, cores]
+
+
+class TrainState(tf.Module):
+  """The settings of a training, and all that a checkpoint contains."""
+
+  def __init__(self, network: Cifar10ResnetV2, settings: Settings):
+    super().__init__()
+    self.network = network
+    self.settings = settings
+    self.momentum = [
+        tf.Variable(tf.zeros_like(v), False, name=f'{tf1_name(v)}/Momentum')
+        for v in network.trainable_variables]
+    integer = functools.partial(tf.Variable, trainable=False, dtype=tf.int64)
+    self.global_step = integer(0, name='global_step')
+    # Not in the original's checkpoints: the seed of the batches; over the
+    # batches logged in this cycle, the numbers of correct and of all images;
+    # and what the numbers also depend on.
+    self.seed = integer(network.seed, name='seed')
+    self.train_accuracy = integer([0, 0], name='train_accuracy')
+    self.conditions = integer(conditions(settings), name='conditions')
+
+
+def make_state(settings: Settings) -> TrainState:
+  """Returns a new network with its training state."""
+  network = resnet_model.cifar10_resnet_v2_generator(
+      settings.resnet_size or 32, NUM_CLASSES, settings.data_format,
+      tf.as_dtype(DTYPES[settings.dtype]), settings.seed)
+  return TrainState(network, settings)
+
+
 def cifar10_model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
-                     network: Cifar10ResnetV2) -> dict[str, tf.Tensor]:
+                     state: TrainState) -> dict[str, tf.Tensor]:
   """Computes the predictions and, unless the mode is 'infer', the loss.
 
   Args:
     features: Standardized images, float32 [N, 32, 32, 3].
     labels: One-hot, float32 [N, 10]; not used in mode 'infer'.
     mode: 'train', which updates the moving averages, 'eval' or 'infer'.
+    state: Holds the network, and the settings for who adds to them.
 
   Returns:
     classes, int64 [N]; probabilities, float32 [N, 10]. Unless the mode is
     'infer' also cross_entropy, loss, float32 []; correct, int64 [], a number.
   """
-  cifar10.check_mode(mode)
-  logits = network(features, training=mode == 'train')
+  check_mode(mode)
+  logits = state.network(features, training=mode == 'train')
   predictions = {'classes': tf.argmax(logits, axis=1),
                  'probabilities': tf.nn.softmax(logits)}
   if mode == 'infer':
@@ -275,7 +514,8 @@ def cifar10_model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
       tf.nn.softmax_cross_entropy_with_logits(labels, logits))
   # As in the original, all trained variables decay: batch norm's scales and
   # offsets and the bias too, which later scripts leave out.
-  decay = tf.add_n([tf.nn.l2_loss(v) for v in network.trainable_variables])
+  decay = tf.add_n(
+      [tf.nn.l2_loss(v) for v in state.network.trainable_variables])
   correct = predictions['classes'] == tf.argmax(labels, axis=1)
   return {**predictions, 'cross_entropy': cross_entropy,
           'loss': cross_entropy + WEIGHT_DECAY * decay,
@@ -297,33 +537,102 @@ def learning_rate(global_step: tf.Tensor, batch_size: int) -> tf.Tensor:
   return tf.gather(rates, tf.math.count_nonzero(drops))
 
 
-class TrainState(tf.Module):
-  """All that a checkpoint contains."""
+class Checkpoints:
+  """The checkpoints of a model folder, model.ckpt-STEP, as the original's."""
 
-  def __init__(self, network: Cifar10ResnetV2, seed: int = 0):
-    super().__init__()
-    self.network = network
-    self.momentum = [
-        tf.Variable(tf.zeros_like(v), False, name=f'{tf1_name(v)}/Momentum')
-        for v in network.trainable_variables]
-    integer = functools.partial(tf.Variable, trainable=False, dtype=tf.int64)
-    self.global_step = integer(0, name='global_step')
-    # Not in the original's checkpoints: the seed of the batches; and, over the
-    # batches logged in this cycle, the numbers of correct and of all images.
-    self.seed = integer(seed, name='seed')
-    self.train_accuracy = integer([0, 0], name='train_accuracy')
+  def __init__(self, model_dir: str):
+    self._model_dir = model_dir
+    self._prefix = os.path.join(model_dir, 'model.ckpt')
+    self._saver = None  # made once: it knows which checkpoints to keep
+    self.newest = None  # the path of what was last read or saved
 
+  def steps(self) -> list[int]:
+    """Returns the steps of all checkpoints, damaged ones too, newest first."""
+    # Not from the list in `checkpoint`: a copied one may name the old place.
+    pattern = re.compile(
+        re.escape(self._prefix) + r'-(\d+)\.(index|data-\d+-of-\d+)')
+    found = map(pattern.fullmatch, glob.glob(glob.escape(self._prefix) + '-*'))
+    return sorted({int(match[1]) for match in found if match}, reverse=True)
 
-def make_state(resnet_size: int, data_format: str | None = None,
-               dtype: str = 'fp32', seed: int | None = None) -> TrainState:
-  """Returns a new network with its training state; None is a random seed."""
-  if not resnet_model.has_convolutions(data_format, DTYPES[dtype]):
-    flag = ('data_format=channels_first' if data_format == 'channels_first'
-            else f'dtype={dtype}')
-    raise Cifar10Error(f'--{flag} does not run on this device: leave it out')
-  network = resnet_model.cifar10_resnet_v2_generator(
-      resnet_size, NUM_CLASSES, data_format, DTYPES[dtype], seed)
-  return TrainState(network, network.seed)
+  def read_newest(self) -> dict[str, np.ndarray]:
+    """Returns the values of the newest whole checkpoint, {} in a new folder."""
+    steps = self.steps()
+    for step in steps:
+      path = f'{self._prefix}-{step}'
+      try:
+        reader = tf.train.load_checkpoint(path)
+        values = {name: reader.get_tensor(name)  # this verifies checksums
+                  for name in reader.get_variable_to_shape_map()}
+        self.newest = path
+        return values
+      except READ_ERRORS as error:
+        if 'Permission denied' in str(error):  # of various types
+          raise Cifar10Error(f'{path} may not be read: change its permissions, '
+                             'or name another --model_dir') from None
+        log.warning('%s is damaged (%s)%s', path, reason(error), '' if
+                    step == steps[-1] else ': trying the one before')
+    if any(steps):  # without the one of step 0, nothing is lost
+      raise Cifar10Error(
+          f'{self._model_dir} holds no checkpoint that is not damaged: move '
+          'model.ckpt-* away to start anew, or name another --model_dir')
+    return {}
+
+  def restore(self, state: TrainState, values: dict[str, np.ndarray]) -> None:
+    """Assigns the values just read; changes none if one cannot be used."""
+    for name in ('seed', 'train_accuracy', 'conditions'):  # not the original's
+      values.setdefault(name, getattr(state, name).numpy())
+    for variable in state.variables:
+      name = tf1_name(variable)
+      if name not in values or values[name].shape != variable.shape:
+        size = resnet_model.size_in_checkpoint(values)
+        raise Cifar10Error(
+            f'{self.newest} is of another network (its size is {size}; {name} '
+            'differs): use that --resnet_size, or another --model_dir')
+    if not self.newest.endswith(f'-{values["global_step"]}'):
+      # Else it would stay the newest, whatever is trained from here on.
+      raise Cifar10Error(f'{self.newest} is of step {values["global_step"]}: '
+                         'give it that number again, or move it away')
+    for variable in state.variables:
+      variable.assign(values[tf1_name(variable)])
+
+  def save(self, state: TrainState) -> None:
+    """Saves a checkpoint on the first machine; keeps the newest five.
+
+    Raises:
+      Cifar10Error: A variable is not finite, or the folder cannot be written.
+    """
+    if not is_chief():
+      return
+    step = state.global_step.numpy().item()
+    for variable in state.variables:
+      if not np.isfinite(variable.numpy()).all():
+        raise Cifar10Error(f'{tf1_name(variable)} is not finite after step '
+                           f'{step}{WHEN_NOT_FINITE}')
+    self._saver = self._saver or self._make_saver(state)
+    log.info('Saving checkpoints for %d into %s.', step, self._prefix)
+    try:
+      for part in glob.glob(glob.escape(self._prefix) + '-*.tempstate*'):
+        os.remove(part)  # of a save that was killed
+      self.newest = self._saver.save(
+          None, self._prefix, step, write_meta_graph=False)
+    except (tf.errors.OpError, OSError) as error:
+      raise cifar10.cannot_write(
+          self._model_dir, error, '--model_dir') from None
+
+  def _make_saver(self, state):
+    """Returns the original's saver, which goes on from the folder's list."""
+    local = tf.distribute.get_strategy().experimental_local_results
+    saver = tf.compat.v1.train.Saver(
+        {tf1_name(v): local(v)[0] for v in state.variables},
+        max_to_keep=KEEP_CHECKPOINTS, save_relative_paths=True)
+    listed = None
+    with contextlib.suppress(ValueError):  # it is damaged, and no UTF-8
+      listed = tf.train.get_checkpoint_state(self._model_dir)
+    # A copied list may name the folder that it came from.
+    saver.recover_last_checkpoints([
+        path for path in (listed.all_model_checkpoint_paths if listed else ())
+        if os.path.dirname(path) == self._model_dir])
+    return saver
 
 
 def open_model(settings: Settings) -> tuple[TrainState, Checkpoints]:
@@ -332,8 +641,9 @@ def open_model(settings: Settings) -> tuple[TrainState, Checkpoints]:
   # Of several machines, only the first has the folder.
   values = checkpoints.read_newest() if is_chief() else {}
   size = resnet_model.size_in_checkpoint(values) or 32
-  state = make_state(settings.resnet_size or int(total(size * is_chief())),
-                     settings.data_format, settings.dtype, settings.seed)
+  state = make_state(dataclasses.replace(
+      settings, resnet_size=settings.resnet_size or
+      int(total(size * is_chief()))))
   if values:
     checkpoints.restore(state, values)
   if tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -345,21 +655,21 @@ def open_model(settings: Settings) -> tuple[TrainState, Checkpoints]:
 def compute_gradients(state: TrainState, features: tf.Tensor,
                       labels: tf.Tensor) -> tuple[list, dict]:
   """Returns a replica's part of the whole batch's gradients and values."""
-  variables = state.network.trainable_variables
   replicas = tf.distribute.get_strategy().num_replicas_in_sync
   scale = FP16_LOSS_SCALE if state.network.dtype == tf.float16 else 1
   with tf.GradientTape() as tape:
-    outputs = cifar10_model_fn(features, labels, 'train', state.network)
+    outputs = cifar10_model_fn(features, labels, 'train', state)
     scaled_loss = scale / replicas * outputs['loss']
-  gradients = [gradient / scale
-               for gradient in tape.gradient(scaled_loss, variables)]
+  gradients = tape.gradient(scaled_loss, state.network.trainable_variables)
+  if scale > 1:
+    gradients = [gradient / scale for gradient in gradients]
   return gradients, {'cross_entropy': outputs['cross_entropy'] / replicas,
                      'loss': outputs['loss'] / replicas,
                      'correct': tf.cast(outputs['correct'], tf.float32)}
 
 
-def train_step(state: TrainState, batch_size: int, compute: Callable,
-               features: tf.Tensor, labels: tf.Tensor) -> dict[str, tf.Tensor]:
+def train_step(state: TrainState, compute: Callable, features: tf.Tensor,
+               labels: tf.Tensor) -> dict[str, tf.Tensor]:
   """Trains on one batch or, together with the others, on a replica's share.
 
   `compute` is compute_gradients of this state, compiled or not. Returns what to
@@ -367,16 +677,17 @@ def train_step(state: TrainState, batch_size: int, compute: Callable,
   []; correct, int64 []; images, up to six.
   """
   gradients, values = compute(features, labels)
-  # Each replica normalizes its own share of the batch; the moving averages
-  # become the mean over the replicas. With one replica this changes nothing.
-  replicas = tf.distribute.get_strategy().num_replicas_in_sync
-  averages = [v for v in state.network.variables if not v.trainable]
-  gradients, values, moving = (
-      tf.distribute.get_replica_context().all_reduce('SUM', [
-          gradients, values, [v.read_value() / replicas for v in averages]]))
-  for variable, value in zip(averages, moving):
-    variable.assign(value)
-  rate = learning_rate(state.global_step, batch_size)
+  context = tf.distribute.get_replica_context()
+  if context.num_replicas_in_sync > 1:
+    # Each replica normalizes its own share of the batch; the moving averages
+    # become the mean over the replicas.
+    averages = [v for v in state.network.variables if not v.trainable]
+    gradients, values, moving = context.all_reduce('SUM', [
+        gradients, values,
+        [v.read_value() / context.num_replicas_in_sync for v in averages]])
+    for variable, value in zip(averages, moving):
+      variable.assign(value)
+  rate = learning_rate(state.global_step, state.settings.batch_size)
   for variable, accum, gradient in zip(
       state.network.trainable_variables, state.momentum, gradients):
     # accum = 0.9 * accum + gradient; variable -= learning_rate * accum. Keras
@@ -397,29 +708,29 @@ def uses_xla(xla: str) -> bool:
       xla == 'auto' and bool(tf.config.list_logical_devices('GPU')))
 
 
-def make_train_step(state: TrainState, batch_size: int,
-                    xla: bool = False) -> Callable:
+def make_train_step(state: TrainState) -> Callable:
   """Returns train_step as a compiled `step(features, labels)`."""
+  # Without autograph, which has nothing to convert here, tracing is faster.
+  compiled = functools.partial(
+      tf.function, autograph=False, jit_compile=uses_xla(state.settings.xla))
   compute = functools.partial(compute_gradients, state)
   if tf.distribute.get_strategy().num_replicas_in_sync == 1:
-    step = functools.partial(train_step, state, batch_size, compute)
-    return tf.function(step, jit_compile=xla)
+    return compiled(functools.partial(train_step, state, compute))
   # XLA cannot compile the exchange between the replicas.
-  compute = tf.function(compute, jit_compile=xla)
-  return functools.partial(train_step, state, batch_size, compute)
+  return tf.autograph.experimental.do_not_convert(
+      functools.partial(train_step, state, compiled(compute)))
 
 
-def make_inner_loop(state: TrainState, batch_size: int,
-                    xla: bool = False) -> Callable:
+def make_inner_loop(state: TrainState) -> Callable:
   """Returns the compiled `inner_loop(iterator, num_steps)`, which trains.
 
   It returns the last step's values and finite_steps, int64 [], the number of
   steps with a finite loss.
   """
-  step = make_train_step(state, batch_size, xla)
+  step = make_train_step(state)
   strategy = tf.distribute.get_strategy()
-  num_images = min(
-      batch_size // strategy.num_replicas_in_sync, NUM_SUMMARY_IMAGES)
+  num_images = min(NUM_SUMMARY_IMAGES,
+                   state.settings.batch_size // strategy.num_replicas_in_sync)
 
   @tf.function
   def inner_loop(iterator, num_steps):
@@ -440,45 +751,55 @@ def log_values(step: int, values: dict) -> None:
   """Hook that logs the original's lines, word for word."""
   duration = f' ({values["seconds"]:.3f} sec)' if 'seconds' in values else ''
   if duration:
-    logging.info('global_step/sec: %g', values['global_step/sec'])
-  logging.info(
+    log.info('global_step/sec: %g', values['global_step/sec'])
+  log.info(
       'cross_entropy = %s, learning_rate = %s, train_accuracy = %s%s',
       values['cross_entropy'], values['learning_rate'],
       values['train_accuracy'], duration)
-  logging.info('loss = %s, step = %d%s', values['loss'], step, duration)
+  log.info('loss = %s, step = %d%s', values['loss'], step, duration)
+
+
+def make_writer(folder: str, step: int) -> tf.summary.SummaryWriter:
+  """Returns a writer of events, which replace earlier ones from `step` on."""
+  if not is_chief():
+    return tf.summary.create_noop_writer()
+  v1 = tf.compat.v1
+  try:
+    with tf.Graph().as_default(), v1.summary.FileWriter(folder) as writer:
+      writer.add_session_log(v1.SessionLog(status=v1.SessionLog.START), step)
+    return tf.summary.create_file_writer(folder)
+  except (OSError, tf.errors.OpError) as error:
+    log.warning('No events for TensorBoard in %s (%s)', folder, reason(error))
+    return tf.summary.create_noop_writer()
+
+
+@contextlib.contextmanager
+def events(writer: tf.summary.SummaryWriter, step: int) -> Iterator[None]:
+  """Lets the block write events. If they cannot be written, this is logged."""
+  try:
+    with writer.as_default(step):
+      yield
+    writer.flush()
+  except tf.errors.OpError as error:
+    logging.log_first_n(
+        logging.WARNING, 'TensorBoard misses values: %s', 1, reason(error))
 
 
 def write_summaries(writer: tf.summary.SummaryWriter, step: int,
                     values: dict) -> None:
   """Hook that writes what TensorBoard shows of the training."""
-  with writer.as_default(step):
+  # Each image's least value becomes black, its greatest white.
+  images = values['images']
+  images -= images.min(axis=(1, 2, 3), keepdims=True)
+  images /= np.maximum(images.max(axis=(1, 2, 3), keepdims=True), 1e-6)
+  with events(writer, step):
     for name in ('cross_entropy', 'learning_rate', 'train_accuracy', 'loss',
                  'global_step/sec', 'images/sec'):
       if name in values:
         tf.summary.scalar(name, values[name])
     # Under the name that evaluations use, so that both are on one chart.
     tf.summary.scalar('accuracy', values['train_accuracy'])
-    # Each image's least value becomes black, its greatest white.
-    images = values['images']
-    images -= images.min(axis=(1, 2, 3), keepdims=True)
-    greatest = images.max(axis=(1, 2, 3), keepdims=True)
-    tf.summary.image('images', images / np.maximum(greatest, 1e-6),
-                     max_outputs=NUM_SUMMARY_IMAGES)
-  writer.flush()
-
-
-def warn_of_full_disk(folder: str, step: int, values: dict) -> None:
-  """Hook that logs once if the events of TensorBoard find no room."""
-  if not shutil.disk_usage(folder).free:  # tf.summary does not tell
-    logging.log_first_n(
-        logging.WARNING, 'No room in %s: TensorBoard misses values', 1, folder)
-
-
-def mark_start(folder: str, step: int) -> None:
-  """Lets TensorBoard drop what an earlier run has logged from this step on."""
-  v1 = tf.compat.v1
-  with tf.Graph().as_default(), v1.summary.FileWriter(folder) as writer:
-    writer.add_session_log(v1.SessionLog(status=v1.SessionLog.START), step)
+    tf.summary.image('images', images, max_outputs=NUM_SUMMARY_IMAGES)
 
 
 def markdown_table(*rows: Iterable) -> str:
@@ -490,21 +811,23 @@ def markdown_table(*rows: Iterable) -> str:
 def show_progress(settings: Settings, step: int, cycle_end: int,
                   seconds: float | None) -> None:
   """Shows in the status line how far training is, given seconds per step."""
+  def time_to(end):
+    minutes, rest = divmod(round((end - step) * seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02}:{rest:02}'
+
   text = f'Step {step} of {settings.train_steps}'
   if seconds:
-    cycle, run = (datetime.timedelta(seconds=round((end - step) * seconds))
-                  for end in (cycle_end, settings.train_steps))
-    text += (f', {settings.batch_size / seconds:,.0f} images/s, '
-             f'left: {cycle} of the cycle, {run} in all')
+    text += (f', {settings.batch_size / seconds:,.0f} images/s, evaluation in '
+             f'{time_to(cycle_end)}, end in {time_to(settings.train_steps)}')
   cifar10.show_status(text)
 
 
-def make_eval_step(network: Cifar10ResnetV2) -> Callable:
+def make_eval_step(state: TrainState) -> Callable:
   """Returns a compiled function that adds the next batch to two sums."""
-  @tf.function
+  @tf.function(autograph=False)
   def eval_step(iterator, loss, confusion_matrix):
     features, labels = next(iterator)
-    outputs = cifar10_model_fn(features, labels, 'eval', network)
+    outputs = cifar10_model_fn(features, labels, 'eval', state)
     matrix = tf.math.confusion_matrix(
         tf.argmax(labels, axis=1), outputs['classes'], NUM_CLASSES,
         dtype=tf.int64)
@@ -512,7 +835,7 @@ def make_eval_step(network: Cifar10ResnetV2) -> Callable:
   return eval_step
 
 
-def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
+def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str | None,
              step: int, interrupted: Callable[[], bool] = lambda: False
              ) -> tuple[dict[str, float], np.ndarray] | None:
   """Evaluates the network, saved as `path` at a step; prints the results.
@@ -523,9 +846,9 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
     and how many images of each label (row) were given each class, int64
     [10, 10].
   """
-  logging.info('Starting evaluation at %s', time.strftime('%Y-%m-%dT%H:%M:%S'))
+  log.info('Starting evaluation at %s', time.strftime('%Y-%m-%dT%H:%M:%S'))
   # The variables are in memory already, but people search logs for this line.
-  logging.info('Restoring parameters from %s', path)
+  log.info('Restoring parameters from %s', path)
   # Ask for the length here: the copy to a GPU does not know it.
   iterator, num_batches = iter(prefetch_to_gpu(dataset)), len(dataset)
   loss, matrix = tf.zeros([]), tf.zeros([NUM_CLASSES] * 2, tf.int64)
@@ -535,21 +858,22 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str,
     cifar10.show_status(f'Evaluating batch {batch + 1} of {num_batches}')
     loss, matrix = eval_step(iterator, loss, matrix)
   loss, matrix = (loss / num_batches).numpy(), matrix.numpy()  # waits
-  logging.info('Finished evaluation at %s', time.strftime('%Y-%m-%d-%H:%M:%S'))
+  log.info('Finished evaluation at %s', time.strftime('%Y-%m-%d-%H:%M:%S'))
   results = {'accuracy': matrix.trace() / matrix.sum(), 'loss': loss}
   # With float32's digits and no more, as the original printed them.
   results = {name: float(str(np.float32(x))) for name, x in results.items()}
   results['global_step'] = step
-  logging.info('Saving dict for global step %d: %s', step, ', '.join(
+  log.info('Saving dict for global step %d: %s', step, ', '.join(
       f'{name} = {results[name]}' for name in sorted(results)))
-  cifar10.say(str(results))
+  if is_chief():
+    cifar10.say(str(results))
   return results, matrix
 
 
 def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
                      matrix: np.ndarray) -> None:
   """Writes what TensorBoard shows of an evaluation, as evaluate returns it."""
-  with writer.as_default(results['global_step']):
+  with events(writer, results['global_step']):
     tf.summary.scalar('accuracy', results['accuracy'])
     tf.summary.scalar('loss', results['loss'])
     for name, accuracy in accuracies(matrix).items():
@@ -557,7 +881,6 @@ def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
     tf.summary.text('confusion_matrix', markdown_table(
         [r'label \ predicted', *cifar10.CLASSES],
         *([name, *row] for name, row in zip(cifar10.CLASSES, matrix))))
-  writer.flush()
 
 
 def accuracies(matrix: np.ndarray) -> dict[str, float]:
@@ -566,35 +889,40 @@ def accuracies(matrix: np.ndarray) -> dict[str, float]:
   return dict(zip(cifar10.CLASSES, shares.tolist()))
 
 
-def evaluate_only(settings: Settings) -> tuple[dict[str, float], np.ndarray]:
-  """Evaluates the newest checkpoint; prints the accuracy of each class too.
+@contextlib.contextmanager
+def folder_beside(path: str) -> Iterator[str]:
+  """Makes a folder, until the block ends, on the disk of a path.
 
-  Returns results and confusion matrix: see evaluate.
+  Raises:
+    Cifar10Error: The path is there, or the block or this raised an OSError.
   """
-  dataset = input_fn('eval', settings.data_dir, settings.batch_size,
-                     settings.use_synthetic_data)
-  state, checkpoints = open_model(settings)
-  if checkpoints.newest is None:
-    raise Cifar10Error(f'{settings.model_dir} holds no checkpoint to evaluate: '
-                       'train first, or name another --model_dir')
-  results, matrix = evaluate(
-      make_eval_step(state.network), dataset, checkpoints.newest,
-      state.global_step.numpy().item())
-  for name, accuracy in accuracies(matrix).items():
-    cifar10.say(f'{name:10} {accuracy:.4f}')
-  return results, matrix
+  parent, name = os.path.split(os.path.abspath(path))
+  if os.path.lexists(path):
+    raise Cifar10Error(f'--export_dir={path} is there already: name a new '
+                       'folder, or remove it')
+  try:
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'{name}.', dir=parent) as folder:
+      yield folder
+  except (OSError, tf.errors.OpError) as error:
+    raise cifar10.cannot_write(path, error, '--export_dir') from None
 
 
-def export(settings: Settings, export_dir: str) -> None:
-  """Writes the newest checkpoint as a SavedModel, complete in itself.
+def export(state: TrainState, export_dir: str) -> None:
+  """Writes a trained network as a SavedModel, complete in itself.
 
   Of raw images, uint8 [N, 32, 32, 3], it gives classes, int64 [N], class_names,
   string [N], and probabilities, float32 [N, 10]; by its signature
   `standardized`, of standardized ones, float32, which can be quantized.
+
+  Raises:
+    Cifar10Error: The folder exists or cannot be written.
   """
   # Not every device has convolutions with the channels first.
-  state, checkpoints = open_model(
-      dataclasses.replace(settings, data_format='channels_last'))
+  exported = make_state(dataclasses.replace(
+      state.settings, data_format='channels_last'))
+  for variable, value in zip(exported.variables, state.variables):
+    variable.assign(value)
 
   def classifier(dtype, prepare):
     shape = [None, HEIGHT, WIDTH, DEPTH]
@@ -603,100 +931,34 @@ def export(settings: Settings, export_dir: str) -> None:
     def classify(images):
       # An error here; in the convolution, the process would be aborted.
       images = prepare(tf.ensure_shape(images, shape))
-      outputs = cifar10_model_fn(images, None, 'infer', state.network)
+      outputs = cifar10_model_fn(images, None, 'infer', exported)
       names = tf.gather(cifar10.CLASSES, outputs['classes'])
       return {**outputs, 'class_names': names}
     return classify
 
-  try:
-    tf.saved_model.save(state.network, export_dir, {
+  # Written beside its place, then renamed: who finds the folder finds it whole.
+  with folder_beside(export_dir) as folder:
+    written = os.path.join(folder, 'export')
+    tf.saved_model.save(exported.network, written, {
         'serving_default': classifier(
             tf.uint8, tf.image.per_image_standardization),
         'standardized': classifier(tf.float32, tf.identity)})
-  except (OSError, tf.errors.OpError) as error:
-    shutil.rmtree(export_dir, ignore_errors=True)  # a part of it
-    raise Cifar10Error(
-        f'Cannot export to {export_dir} ({reason(error)}): make room, then run '
-        'this again with --eval_only') from None
-  logging.info('Exported %s to %s', checkpoints.newest, export_dir)
-
-
-def train_and_evaluate(
-    settings: Settings,
-    interrupted: Callable[[], bool] | None = None) -> bool:
-  """Trains and evaluates, up to `train_steps`; returns False if interrupted.
-
-  Goes on from the newest checkpoint in `model_dir`. In the scope of a
-  tf.distribute strategy, all its replicas share each batch.
-
-  Args:
-    settings: What to do.
-    interrupted: Tells, once a second, whether to save and end. By default, the
-      first KeyboardInterrupt does (a notebook's stop button).
-
-  Raises:
-    Cifar10Error: Data, checkpoint, loss or folder are not as they should be.
-  """
-  eval_data = input_fn('eval', settings.data_dir, settings.batch_size,
-                       settings.use_synthetic_data)
-  with contextlib.ExitStack() as stack:
-    if is_chief():
-      stack.enter_context(cifar10.sole_use(
-          settings.model_dir, cure='name another --model_dir'))
-    interrupted = interrupted or stack.enter_context(cifar10.stop_button())
-    state, checkpoints = open_model(settings)
-    seed, step = state.seed.numpy().item(), state.global_step.numpy().item()
-    if settings.seed not in (None, seed):
-      raise Cifar10Error(
-          f'{settings.model_dir} was trained with --seed={seed}, not '
-          f'{settings.seed}: leave it out, or name another --model_dir')
-    train_data = distributed_input(settings.batch_size, functools.partial(
-        input_fn, 'train', settings.data_dir, settings.batch_size,
-        settings.use_synthetic_data, seed=seed, step=step,
-        steps_per_eval=settings.steps_per_eval))
-    facts = describe_run(settings, state)
-    if not is_chief():
-      return run_cycles(settings, state, train_data, interrupted)
-    eval_dir = os.path.join(settings.model_dir, 'eval')
-    mark_start(settings.model_dir, step + 1)
-    mark_start(eval_dir, step)
-    train_writer, eval_writer = map(
-        tf.summary.create_file_writer, (settings.model_dir, eval_dir))
-    with train_writer.as_default(step):
-      tf.summary.text('run', markdown_table(['', ''], *facts.items()))
-      summary_v2.hparams(
-          {**settings.of_training, 'resnet_size': state.network.resnet_size,
-           'data_format': state.network.data_format, 'seed': str(seed)},
-          trial_id=settings.model_dir)
-    eval_step = make_eval_step(state.network)
-
-    def evaluate_now(path, step):
-      evaluation = evaluate(eval_step, eval_data, path, step, interrupted)
-      if evaluation:
-        write_evaluation(eval_writer, *evaluation)
-      return bool(evaluation)
-
-    if checkpoints.newest is None:
-      checkpoints.save(state)
-    return run_cycles(
-        settings, state, train_data, interrupted, checkpoints, evaluate_now,
-        [log_values, functools.partial(write_summaries, train_writer),
-         functools.partial(warn_of_full_disk, settings.model_dir)])
+    os.rename(written, export_dir)
+  log.info('Exported step %d to %s', state.global_step.numpy(), export_dir)
 
 
 def run_cycles(
-    settings: Settings, state: TrainState, train_data: Iterable,
-    interrupted: Callable[[], bool], checkpoints: Checkpoints | None = None,
-    evaluate_now: Callable[[str, int], bool] = lambda path, step: True,
+    state: TrainState, train_data: Iterable, eval_data: tf.data.Dataset,
+    checkpoints: Checkpoints, eval_writer: tf.summary.SummaryWriter,
+    interrupted: Callable[[], bool],
     hooks: Iterable[Callable[[int, dict], None]] = ()) -> bool:
   """Trains, logs, evaluates and saves; returns False if it was interrupted.
 
   A cycle ends with an evaluation, at each multiple of `steps_per_eval`. Steps
-  run in pieces of about a second, which end at the steps to log. Only the first
-  machine has checkpoints, hooks and evaluations.
+  run in pieces of about a second, which end at the steps to log.
   """
-  inner_loop = make_inner_loop(
-      state, settings.batch_size, uses_xla(settings.xla))
+  settings = state.settings
+  inner_loop, eval_step = make_inner_loop(state), make_eval_step(state)
   # One input for all cycles: during an evaluation it prepares the next cycle's
   # first batches.
   iterator = iter(train_data)
@@ -708,10 +970,12 @@ def run_cycles(
     in_cycle = step % settings.steps_per_eval
     done = step >= settings.train_steps
     if done or (step and not in_cycle):
-      path = checkpoints and checkpoints.newest
-      if total(int(not evaluate_now(path, step))):
-        logging.warning('Stopped: the same command evaluates step %d', step)
+      evaluation = evaluate(
+          eval_step, eval_data, checkpoints.newest, step, interrupted)
+      if total(int(evaluation is None)):
+        log.warning('Stopped: the same command evaluates step %d', step)
         return False
+      write_evaluation(eval_writer, *evaluation)
     if done:
       return True
     if not in_cycle:  # as in the original, anew in each cycle
@@ -730,7 +994,7 @@ def run_cycles(
       raise Cifar10Error(
           f'The loss is not finite at step {step + 1 + values["finite_steps"]} '
           f'(looked at after steps {step} and {step + num_steps})'
-          f'{resnet_model.WHEN_NOT_FINITE}')
+          f'{WHEN_NOT_FINITE}')
     step += num_steps
     seconds = (now - started) / num_steps
     if num_steps == to_next_log:
@@ -752,23 +1016,23 @@ def run_cycles(
     stop, num_steps = total(np.array([
         interrupted(), is_chief() * max(1, int(PIECE_SECONDS / seconds))
         ])).tolist()
-    if checkpoints and (
-        stop or step == cycle_end
+    if (stop or step == cycle_end
         or time.monotonic() - saved_at >= settings.save_checkpoints_secs):
       checkpoints.save(state)
       saved_at = time.monotonic()
     if stop:
-      logging.warning(
+      log.warning(
           'Stopped after step %d, saved as %s: the same command goes on from '
-          'there', step, checkpoints.newest if checkpoints else 'elsewhere')
+          'there', step, checkpoints.newest or 'the first machine has it')
       return False
     if step == cycle_end:
-      logging.info('Loss for final step: %s.', values['loss'])
+      log.info('Loss for final step: %s.', values['loss'])
 
 
-def describe_run(settings: Settings, state: TrainState) -> dict:
+def describe_run(state: TrainState) -> dict:
   """Logs what the run uses and will do; returns that and the flags by name."""
-  device = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
+  settings = state.settings
+  device = f'CPU ({platform.machine()}, {conditions(settings)[1]} cores)'
   for gpu in tf.config.get_visible_devices('GPU')[:1]:
     details = tf.config.experimental.get_device_details(gpu)
     device = details.get('device_name', 'GPU')
@@ -779,35 +1043,147 @@ def describe_run(settings: Settings, state: TrainState) -> dict:
            'XLA': 'on' if uses_xla(settings.xla) else 'off',
            'seed': state.seed.numpy(), 'TensorFlow': tf.__version__,
            'NumPy': np.__version__, 'Python': platform.python_version()}
-  logging.info('%(network)s, XLA %(XLA)s, on %(device)s, seed %(seed)d', facts)
+  log.info('%(network)s, XLA %(XLA)s, on %(device)s, seed %(seed)d', facts)
   step = state.global_step.numpy()
   if step >= settings.train_steps:
-    logging.info('All %d steps are trained already: only evaluating. A higher '
-                 '--train_steps would train on', settings.train_steps)
+    log.info('Step %d is trained already: only evaluating. A --train_steps '
+             'above it would train on', step)
   else:
-    logging.info(
-        'Training steps %d to %d, batch size %d. The learning rate drops after '
-        'steps %d, %d and %d', step + 1, settings.train_steps,
-        settings.batch_size, *learning_rate_boundaries(settings.batch_size))
-  warn_of_drops(settings, state)
+    *drops, last = learning_rate_boundaries(settings.batch_size)
+    log.info('Training steps %d to %d, batch size %d. The learning rate drops '
+             'after steps %s', step + 1, settings.train_steps,
+             settings.batch_size, f'{", ".join(map(str, drops))} and {last}')
+  before, now = state.conditions.numpy().tolist(), conditions(settings)
+  if before != now:
+    log.warning('Trained until now on %s images with %d cores, from here on '
+                'on %s images with %d: the numbers will differ',
+                *(x for images, cores in (before, now)
+                  for x in (('real', 'generated')[images], cores)))
+    state.conditions.assign(now)
   return facts | {f'--{name}': value for name, value in vars(settings).items()}
 
 
-def warn_of_drops(settings: Settings, state: TrainState) -> None:
-  """Logs if another batch size than before changes the learning rate's drops.
+def train_and_evaluate(
+    settings: Settings, interrupted: Callable[[], bool] | None = None,
+    hooks: Iterable[Callable[[int, dict], None]] = ()) -> bool:
+  """Trains and evaluates, up to `train_steps`; returns False if interrupted.
 
-  What was logged in this cycle tells the batch size before.
+  Goes on from the newest checkpoint in `model_dir`. In the scope of a
+  tf.distribute strategy, all its replicas share each batch.
+
+  Args:
+    settings: What to do.
+    interrupted: Tells, once a second, whether to save and end. By default, the
+      first KeyboardInterrupt does (a notebook's stop button).
+    hooks: Called as `hook(step, values)` at each logged step, with what the log
+      shows: cross_entropy, loss, learning_rate, train_accuracy; images, the
+      first of the batch; except at a cycle's first step also seconds,
+      global_step/sec and images/sec.
+
+  Raises:
+    Cifar10Error: Data, checkpoint, loss or folder are not as they should be.
   """
-  step, seen = state.global_step.numpy(), state.train_accuracy[1].numpy()
-  in_cycle = (step - 1) % settings.steps_per_eval + 1
-  before = seen // -(-in_cycle // LOG_STEPS)
-  drops = [np.searchsorted(learning_rate_boundaries(size), step)
-           for size in (before or settings.batch_size, settings.batch_size)]
-  if drops[0] != drops[1]:
-    logging.warning(
-        'The batch size changes from %d to %d, and with it the learning rate: '
-        '%d of its drops lie before step %d, not %d', before,
-        settings.batch_size, drops[1], step, drops[0])
+  eval_data = input_fn('eval', settings.data_dir, settings.batch_size,
+                       settings.use_synthetic_data)
+  stop_button = StopRequest('SIGINT')
+  with (cifar10.sole_use(settings.model_dir, '--model_dir') if is_chief()
+        else contextlib.nullcontext()):
+    state, checkpoints = open_model(settings)
+    if checkpoints.newest:
+      log.info('Restoring parameters from %s', checkpoints.newest)
+    seed, step = state.seed.numpy().item(), state.global_step.numpy().item()
+    if settings.seed not in (None, seed):
+      raise Cifar10Error(
+          f'{settings.model_dir} was trained with --seed={seed}, not '
+          f'{settings.seed}: leave it out, or name another --model_dir')
+    train_data = distributed_input(settings.batch_size, functools.partial(
+        input_fn, 'train', settings.data_dir, settings.batch_size,
+        settings.use_synthetic_data, seed=seed, step=step,
+        steps_per_eval=settings.steps_per_eval))
+    facts = describe_run(state)
+    writer = make_writer(settings.model_dir, step + 1)
+    eval_writer = make_writer(os.path.join(settings.model_dir, 'eval'), step)
+    with events(writer, step):
+      tf.summary.text('run', markdown_table(['what', 'value'], *facts.items()))
+    if checkpoints.newest is None:
+      checkpoints.save(state)
+    try:
+      return run_cycles(
+          state, train_data, eval_data, checkpoints, eval_writer,
+          interrupted or stop_button,
+          [log_values, functools.partial(write_summaries, writer), *hooks])
+    finally:
+      stop_button.end()
+
+
+def open_trained(settings: Settings) -> tuple[TrainState, Checkpoints]:
+  """Does what open_model does, or raises Cifar10Error in a new folder."""
+  state, checkpoints = open_model(settings)
+  if checkpoints.newest is None:
+    raise Cifar10Error(f'{settings.model_dir} holds no checkpoint: train '
+                       'first, or name another --model_dir')
+  return state, checkpoints
+
+
+def evaluate_only(
+    settings: Settings,
+    export_dir: str | None = None) -> tuple[dict[str, float], np.ndarray]:
+  """Evaluates the newest checkpoint; prints the accuracy of each class too.
+
+  Given a folder, exports what it has evaluated. Returns results and confusion
+  matrix: see evaluate.
+  """
+  dataset = input_fn('eval', settings.data_dir, settings.batch_size,
+                     settings.use_synthetic_data)
+  state, checkpoints = open_trained(settings)
+  results, matrix = evaluate(make_eval_step(state), dataset, checkpoints.newest,
+                             state.global_step.numpy().item())
+  for name, accuracy in accuracies(matrix).items():
+    cifar10.say(f'{name:10} {accuracy:.4f}')
+  if export_dir:
+    export(state, export_dir)
+  return results, matrix
+
+
+def read_picture(path: str) -> tf.Tensor:
+  """Returns the middle square of a picture, scaled to float32 [32, 32, 3].
+
+  Raises:
+    OpError: It cannot be read, or is no JPEG, PNG, GIF, BMP or WebP.
+  """
+  picture = tf.cast(tf.io.decode_image(
+      tf.io.read_file(path), expand_animations=False), tf.float32)
+  height, width, channels = picture.shape
+  if channels in (2, 4):  # what is transparent becomes white
+    opacity = picture[..., -1:] / 255
+    picture = picture[..., :-1] * opacity + 255 * (1 - opacity)
+  if channels < 3:
+    picture = tf.image.grayscale_to_rgb(picture)
+  size = min(height, width)
+  picture = tf.image.resize_with_crop_or_pad(picture, size, size)
+  # Rounded, as the images are that it was trained on.
+  return tf.round(tf.image.resize(picture, [HEIGHT, WIDTH], method='area'))
+
+
+def predict(settings: Settings, paths: Iterable[str]) -> bool:
+  """Prints the likeliest classes of pictures, by the newest checkpoint.
+
+  Returns False if one of them cannot be read.
+  """
+  state, _ = open_trained(settings)
+  all_read = True
+  for path in paths:
+    try:
+      image = tf.image.per_image_standardization(read_picture(path))
+    except tf.errors.OpError as error:
+      log.error('Cannot read the picture %s (%s)', path, reason(error))
+      all_read = False
+      continue
+    outputs = cifar10_model_fn(image[tf.newaxis], None, 'infer', state)
+    likeliest = zip(*tf.math.top_k(outputs['probabilities'][0], 3))
+    cifar10.say(f'{path}: ' + ', '.join(
+        f'{cifar10.CLASSES[i]} {share:.1%}' for share, i in likeliest))
+  return all_read
 
 
 def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
@@ -816,192 +1192,144 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
   if num_gpus is not None and num_gpus > len(gpus):
     raise Cifar10Error(f'--num_gpus={num_gpus} is more than the {len(gpus)} '
                        'that TensorFlow finds here: lower it, or leave it out')
+  if (not gpus and num_gpus != 0 and shutil.which('nvidia-smi')
+      and tf.test.is_built_with_cuda()
+      and os.environ.get('CUDA_VISIBLE_DEVICES', '0') not in ('', '-1')):
+    log.warning('TensorFlow finds no GPU. If there is one, its libraries are '
+                'missing: pip install "tensorflow[and-cuda]" brings them')
   if num_gpus != -1:
     gpus = gpus[:1 if num_gpus is None else num_gpus]
   tf.config.set_visible_devices(gpus, 'GPU')
-  try:
-    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-    cluster = resolver.cluster_spec()
-    addresses = [address for role in cluster.jobs
-                 for address in cluster.job_tasks(role)]
-    if addresses and {*cluster.jobs, resolver.task_type} - {'chief', 'worker'}:
-      raise ValueError('all machines train: no roles but chief and worker')
-    if len(set(addresses)) < len(addresses):
-      raise ValueError('an address is there twice')
-    if len(addresses) > 1:
-      cifar10.wait_for_machines(addresses, cluster.task_address(
-          resolver.task_type, resolver.task_id))
-      return tf.distribute.MultiWorkerMirroredStrategy(resolver)
-  except (ValueError, TypeError, LookupError, AttributeError,
-          tf.errors.OpError) as error:
-    raise Cifar10Error('TF_CONFIG names no cluster of workers '
-                       f'({reason(error)}): correct or unset it') from None
+  machines = join_machines()
+  if machines:
+    return machines
   if len(gpus) > 1:
     return tf.distribute.MirroredStrategy()
   return tf.distribute.get_strategy()
 
 
-def require_same(facts: dict) -> None:
-  """Raises Cifar10Error on all machines if they differ in these values."""
-  ours = np.array([zlib.crc32(repr(fact).encode()) for fact in facts.values()])
-  differ = total((ours != total(ours * is_chief())).astype(int))
-  names = [name for name, number in zip(facts, differ) if number]
-  if names:
-    raise Cifar10Error(f'The machines differ in {", ".join(names)}: start all '
-                       'with the same')
+def join_machines() -> tf.distribute.Strategy | None:
+  """Returns what shares training among the machines of TF_CONFIG, if any."""
+  if not os.environ.get('TF_CONFIG', '').strip():
+    return None
+  try:
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    cluster = resolver.cluster_spec()
+    addresses = [address for tasks in cluster.as_dict().values()
+                 for address in tasks]
+    if len(addresses) < 2:  # clouds name a single machine as they like
+      return None
+    if {*cluster.jobs, resolver.task_type} - {'chief', 'worker'}:
+      raise ValueError('all machines train: no roles but chief and worker')
+    wait_for_machines(addresses, cluster.task_address(
+        resolver.task_type, resolver.task_id))
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
+  except (ValueError, TypeError, LookupError, AttributeError,
+          tf.errors.OpError) as error:
+    raise Cifar10Error('TF_CONFIG names no cluster of workers '
+                       f'({reason(error)}): correct or unset it') from None
+  # TensorFlow has taken this signal, and would not end by it.
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  return strategy
 
 
-def is_chief() -> bool:
-  """Returns whether this is the first machine, which saves and prints."""
-  resolver = tf.distribute.get_strategy().cluster_resolver
-  if not resolver or not resolver.task_type:
-    return True
-  first = 'chief' if 'chief' in resolver.cluster_spec().jobs else 'worker'
-  return (resolver.task_type, resolver.task_id) == (first, 0)
+def wait_for_machines(addresses: list[str], own: str) -> None:
+  """Waits until all machines of a cluster, host:port, have been started.
+
+  TensorFlow would wait too, but without a word and deaf to signals.
+
+  Raises:
+    Cifar10Error: The own port is in use.
+    ValueError: An address has no port, or one that cannot be.
+  """
+  parts = [address.rpartition(':') for address in addresses]
+  hosts = [(host.strip('[]'), int(port)) for host, _, port in parts]
+  if max(port for _, port in hosts) > 65535:
+    raise ValueError('a port is above 65535')
+  try:
+    server = socket.create_server(('', hosts[addresses.index(own)][1]))
+  except OSError as error:
+    raise Cifar10Error(
+        f'Cannot listen as {own} ({os.strerror(error.errno)}): end what uses '
+        'the port, or name another in TF_CONFIG') from None
+  log.info('%s waits for %s', own, ', '.join({*addresses} - {own}))
+  with server:
+    for host in hosts:
+      while not answers(host):
+        time.sleep(0.5)
 
 
-def total(value: np.ndarray | int) -> np.ndarray | int:
-  """Returns the sum of the machines' values; all machines have to call this."""
-  strategy = tf.distribute.get_strategy()
-  if strategy.num_replicas_in_sync == 1:
-    return value
-  replicas_here = len(strategy.extended.worker_devices)
-  values = strategy.experimental_distribute_values_from_function(
-      lambda context: tf.constant(
-          value * (context.replica_id_in_sync_group % replicas_here == 0)))
-  return strategy.reduce('SUM', values, axis=None).numpy()
-
-
-def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
-  """Returns a dataset of which each replica gets an equal share."""
-  strategy = tf.distribute.get_strategy()
-  replicas = strategy.num_replicas_in_sync
-  if batch_size % replicas:
-    raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
-                       f'{replicas} replicas that share it: make it one')
-  dataset = strategy.distribute_datasets_from_function(
-      lambda context: make_dataset(context=context))
-  # Only the default strategy does not copy batches to its device by itself.
-  return prefetch_to_gpu(dataset) if replicas == 1 else dataset
-
-
-def define_flags() -> None:
-  """Defines the flags of this script."""
-  if cifar10.are_defined('model_dir'):
-    return
-  cifar10.define_data_dir()
-  flags.declare_key_flag('data_dir')  # for --help to list it here too
-  flags.DEFINE(
-      cifar10.PathParser(), 'model_dir', Settings.model_dir,
-      'Folder of checkpoints and TensorBoard events. With --use_synthetic_data '
-      'the default ends with _synthetic.')
-  flags.DEFINE_integer(
-      'resnet_size', Settings.resnet_size,
-      'Depth of the network, 6n + 2: 8, 14, 20, ... The default is that of the '
-      'newest checkpoint in --model_dir, and 32 in a new folder.')
-  flags.register_validator(
-      'resnet_size',
-      lambda size: size is None or resnet_model.is_resnet_size(size),
-      'must be 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...')
-  flags.DEFINE_integer('train_steps', Settings.train_steps,
-                       'Training steps (batches) in total.', 1, MAX_STEPS)
-  flags.DEFINE_integer('steps_per_eval', Settings.steps_per_eval,
-                       'Training steps between evaluations.', 1, MAX_STEPS)
-  flags.DEFINE_integer(
-      'batch_size', Settings.batch_size, 'Images per batch. The learning rate '
-      'scales with it.', 1, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
-  flags.DEFINE_integer(
-      'save_checkpoints_secs', Settings.save_checkpoints_secs,
-      'Seconds between checkpoints. Each cycle also ends with one.', 1)
-  flags.DEFINE_enum(
-      'data_format', Settings.data_format, list(resnet_model.LAYOUTS), 'Layout '
-      'of the images in the network. The default is channels_first on a GPU, '
-      'else channels_last.')
-  flags.DEFINE_enum('dtype', Settings.dtype, list(DTYPES),
-                    'Number type of the convolutions. All else is fp32.')
-  flags.DEFINE_enum('xla', Settings.xla, ['auto', 'on', 'off'],
-                    'Compile the training step with XLA. auto: on a GPU only.')
-  flags.DEFINE_integer(
-      'num_gpus', None, 'GPUs of this machine that share each batch: -1 all, 0 '
-      'none. The default is one, if there is one.', -1)
-  flags.DEFINE_integer(
-      'seed', Settings.seed, 'Seed of initial values and batches, to repeat a '
-      'run exactly. The default is random, and logged.', 0, 2**32 - 1)
-  flags.DEFINE_bool('use_synthetic_data', Settings.use_synthetic_data,
-                    'Train and evaluate on generated images: no data needed.')
-  flags.DEFINE_bool('eval_only', False, 'Only evaluate the newest checkpoint '
-                    'and print the accuracy of each class.')
-  flags.DEFINE(
-      cifar10.PathParser(), 'export_dir', None, 'New folder for a SavedModel, '
-      'written after training or with --eval_only.')
-
-
-def settings_from(values: flags.FlagValues) -> Settings:
-  """Returns the settings that the flags give."""
-  given = {f.name: values[f.name].value for f in dataclasses.fields(Settings)}
-  given['model_dir'] = os.path.normpath(values.model_dir)
-  if values.use_synthetic_data and values['model_dir'].using_default_value:
-    # Real training must not go on from weights that learned generated images.
-    given['model_dir'] += '_synthetic'
-  return Settings(**given)
+def answers(host: tuple[str, int]) -> bool:
+  """Returns whether a machine, given its name and port, has been started."""
+  try:
+    socket.create_connection(host, timeout=5).close()
+  except OSError:
+    return False
+  return True
 
 
 def run(settings: Settings, values: flags.FlagValues,
         strategy: tf.distribute.Strategy,
-        interrupted: Callable[[], bool]) -> bool:
-  """Does what the flags ask for; returns False if it was interrupted."""
+        interrupted: Callable[[], bool]) -> int:
+  """Does what the flags ask for; returns the exit status."""
   with strategy.scope():
     chief = is_chief()
-    require_same({
-        **{f'--{name}': value for name, value in settings.of_training.items()},
-        '--eval_only': values.eval_only, 'TensorFlow': tf.__version__})
+    facts = {'eval_only': values.eval_only, 'predict': values.predict,
+             **vars(settings)}
+    for own in ('data_dir', 'model_dir', 'save_checkpoints_secs'):
+      del facts[own]
+    require_same({f'--{name}': value for name, value in facts.items()} | {
+        'TensorFlow': tf.__version__})
   if not chief:
-    logging.warning('The first machine logs, saves and prints')
+    log.warning('The first machine logs, saves and prints')
     logging.set_verbosity(min(logging.get_verbosity(), logging.WARNING))
-  if values.num_gpus != 0:  # beside the rest, since the driver's tool may hang
-    threading.Thread(target=resnet_model.warn_of_idle_gpu, daemon=True).start()
   export_dir = values.export_dir if chief else None
-  if export_dir and os.path.lexists(export_dir):
-    raise Cifar10Error(f'--export_dir={export_dir} is there already: name a '
-                       'new folder, or remove it')
-  finished = True
-  if not values.eval_only:
-    # Only training is shared: the rest would wait for the other machines.
-    with strategy.scope():
-      finished = train_and_evaluate(settings, interrupted)
-      total(0)  # no machine leaves before all have written
-  elif chief:
-    evaluate_only(settings)
+  if export_dir:
+    with folder_beside(export_dir):
+      pass  # it can be written
+  # Only training is shared: the rest would wait for the other machines.
+  if values.predict:
+    return int(chief and not predict(settings, values.predict))
+  if values.eval_only:
+    if chief:
+      evaluate_only(settings, export_dir)
+    return 0
+  with strategy.scope():
+    finished = train_and_evaluate(settings, interrupted)
+    total(0)  # no machine leaves before all have written
   if finished and export_dir:
-    export(settings, export_dir)
-  return finished
+    export(open_model(settings)[0], export_dir)
+  return 0 if finished else 143
 
 
 def main(argv: list[str]) -> int:
   values = flags.FLAGS
-  cifar10.show_log()
+  show_log()
   if values.seed is not None:
     tf.config.experimental.enable_op_determinism()
-  settings, strategy, stop = settings_from(values), None, cifar10.StopRequest()
+  settings = Settings(**{field.name: values[field.name].value
+                         for field in dataclasses.fields(Settings)})
+  stop, strategy = StopRequest('SIGTERM', 'SIGINT', 'SIGHUP'), None
   with cifar10.errors_in_one_line():
     cifar10.refuse_arguments(argv)
     try:
-      cifar10.receive_signals(stop)
       strategy = make_strategy(values.num_gpus)
-      cifar10.catch_signals()  # again: a cluster's own handling hangs
-      finished = run(settings, values, strategy, stop)
-      return 128 + stop.signal if stop.signal else 0 if finished else 143
+      status = run(settings, values, strategy, stop)
+      return 128 + stop.signal if stop.signal else status
     except tf.errors.ResourceExhaustedError:
       raise Cifar10Error('The device has too little memory: try a smaller '
                          '--batch_size') from None
     except tf.errors.OpError as error:
-      if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        raise
-      raise Cifar10Error(
-          f'Another machine does not answer ({reason(error)}): start all '
-          'again, they go on from the last checkpoint') from None
+      if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise Cifar10Error(
+            f'Another machine does not answer ({reason(error)}): start all '
+            'again, they go on from the last checkpoint') from None
+      if isinstance(error, CANNOT_COMPUTE):
+        raise Cifar10Error(f'This device cannot do that ({reason(error)}): try '
+                           '--xla=off, without --data_format and --dtype'
+                           ) from None
+      raise
 
 
 if __name__ == '__main__':
-  define_flags()
   app.run(main)

@@ -11,36 +11,19 @@ checkpoints can be exchanged with it. The numbers in the names count the layers
 in the order of their creation: if that order changed, an old checkpoint would
 be restored into the wrong layers.
 
-The file goes from the layers to the network, two questions to the device, and
-the checkpoints.
 """
 
 import collections
 from collections.abc import Iterable
-import contextlib
-import glob
-import os
-import random
-import re
-import shutil
-import subprocess
 
-from absl import logging
 import numpy as np
 import tensorflow as tf
-
-from cifar10_download_and_extract import Cifar10Error, reason
 
 BATCH_NORM_DECAY = 0.997
 BATCH_NORM_EPSILON = 1e-5
 TRUNCATED_DEVIATION = 0.87962566103423978  # of a normal cut at two deviations
-NUM_CHANNELS = 3  # red, green, blue
+IMAGE_SHAPE = (32, 32, 3)  # height, width, channels
 BLOCK_LAYERS = ((16, 1), (32, 2), (64, 2))  # filters, strides; [1]
-KEEP_CHECKPOINTS = 5
-WHEN_NOT_FINITE = (', nothing of it is saved: the learning rate is 0.1 * '
-                   'batch_size / 128, try a smaller --batch_size')
-# What reading a damaged checkpoint raises.
-READ_ERRORS = (tf.errors.OpError, RuntimeError, LookupError, ValueError)
 # TensorFlow's names of the data formats.
 LAYOUTS = {'channels_first': 'NCHW', 'channels_last': 'NHWC'}
 
@@ -104,8 +87,8 @@ class LayerFactory:
 
   def __init__(self, data_format: str, seed: int):
     self._data_format = data_format
+    self._seed = seed
     self._counts = collections.Counter()
-    self._random = random.Random(seed)
 
   def batch_norm_relu(self, channels: int) -> BatchNormRelu:
     return BatchNormRelu(
@@ -122,15 +105,14 @@ class LayerFactory:
     return Conv2dFixedPadding(kernel, strides, self._data_format,
                               self._next_name('conv2d'))
 
-  def _next_seed(self):
-    # As Keras did in earlier versions, so that a seed gives the same values.
-    return [self._random.randint(1, 10**9), 0]
-
   def dense_kernel(self, in_channels: int, units: int) -> tf.Tensor:
     """Returns initial values, Glorot uniform."""
     limit = (6 / (in_channels + units)) ** 0.5
     return tf.random.stateless_uniform(
         [in_channels, units], self._next_seed(), -limit, limit)
+
+  def _next_seed(self):
+    return tf.constant([self._seed, self._counts.total()], tf.int64)
 
   def _next_name(self, name):
     count = self._counts[name]
@@ -178,7 +160,7 @@ class Cifar10ResnetV2(tf.Module):
     self.seed = seed  # of the initial values
     make = LayerFactory(data_format, seed)
     channels = BLOCK_LAYERS[0][0]
-    self.initial_conv = make.conv2d(NUM_CHANNELS, channels, 3, 1)
+    self.initial_conv = make.conv2d(IMAGE_SHAPE[-1], channels, 3, 1)
     self.blocks = []
     for filters, strides in BLOCK_LAYERS:
       self.blocks += [
@@ -196,15 +178,28 @@ class Cifar10ResnetV2(tf.Module):
     return (f'ResNet-{self.resnet_size}, {parameters:,} parameters, '
             f'{self.data_format}, {self.dtype.name}')
 
-  def __call__(self, inputs: tf.Tensor, training: bool) -> tf.Tensor:
-    """Returns logits, float32 [N, num_classes].
+  def __call__(self, images: tf.Tensor, training: bool) -> tf.Tensor:
+    """Returns the logits, float32 [N, num_classes], of what features takes."""
+    return tf.matmul(self.features(images, training), self.kernel) + self.bias
+
+  def features(self, images: tf.Tensor, training: bool) -> tf.Tensor:
+    """Returns the values before the last layer, float32 [N, 64].
 
     Args:
-      inputs: Standardized images, float32 [N, 32, 32, 3] in any data format.
+      images: Standardized images, floats [N, 32, 32, 3] in any data format.
       training: If True, batch norm uses the moments of the batch and updates
         the moving averages; if False, it uses the moving averages.
+
+    Raises:
+      ValueError: The images have another shape or type.
     """
-    inputs = tf.cast(inputs, self.dtype)
+    images = tf.convert_to_tensor(images)
+    if not (images.dtype.is_floating
+            and images.shape.is_compatible_with([None, *IMAGE_SHAPE])):
+      raise ValueError(
+          'images must be standardized, floats [N, 32, 32, 3], not '
+          f'{images.dtype.name} {images.shape}')
+    inputs = tf.cast(images, self.dtype)
     channels_first = self.data_format == 'channels_first'
     if channels_first:
       inputs = tf.transpose(inputs, [0, 3, 1, 2])
@@ -213,8 +208,7 @@ class Cifar10ResnetV2(tf.Module):
       inputs = block(inputs, training)
     inputs = self.final_batch_norm_relu(inputs, training)
     inputs = tf.cast(inputs, tf.float32)
-    inputs = tf.reduce_mean(inputs, [2, 3] if channels_first else [1, 2])
-    return tf.matmul(inputs, self.kernel) + self.bias  # [N, 64] to [N, 10]
+    return tf.reduce_mean(inputs, [2, 3] if channels_first else [1, 2])
 
 
 def fixed_padding(inputs: tf.Tensor, kernel_size: int,
@@ -276,32 +270,6 @@ def cifar10_resnet_v2_generator(
   return Cifar10ResnetV2(resnet_size, num_classes, data_format, dtype, seed)
 
 
-def has_convolutions(data_format: str | None, dtype: tf.DType) -> bool:
-  """Returns whether the device can run convolutions of this kind."""
-  one = tf.ones([1, 1, 1, 1], dtype)
-  try:
-    tf.nn.conv2d(one, one, 1, 'SAME', LAYOUTS[data_format or 'channels_last'])
-  except tf.errors.OpError:
-    return False
-  return True
-
-
-def warn_of_idle_gpu() -> None:
-  """Logs what to install if there is a GPU that TensorFlow cannot use."""
-  if (tf.config.list_physical_devices('GPU')
-      or not tf.test.is_built_with_cuda() or not shutil.which('nvidia-smi')
-      or os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1')):
-    return
-  with contextlib.suppress(OSError, subprocess.SubprocessError):
-    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True,
-                            check=False, timeout=30).stdout
-    if listed.startswith(b'GPU '):
-      logging.warning(
-          'TensorFlow cannot use the GPU of this machine, its libraries are '
-          'missing or do not fit: pip install "tensorflow[and-cuda]" brings '
-          'them')
-
-
 def tf1_name(variable: tf.Variable) -> str:
   """Returns the name that the variable has in a checkpoint."""
   return variable.name.removesuffix(':0')
@@ -313,149 +281,3 @@ def size_in_checkpoint(names: Iterable[str]) -> int | None:
   kernels = [n for n in names if 'conv2d' in n and n.endswith('/kernel')]
   size = len(kernels) - 2
   return size if is_resnet_size(size) else None
-
-
-def checkpoint_keys(reader) -> dict[str, str]:
-  """Returns the keys of a checkpoint's tensors by the variables' names."""
-  # Earlier versions of the port added an ending to the names, and wrote .S for
-  # a slash.
-  return {key.partition('/.ATTRIBUTES/')[0].replace('.S', '/'): key
-          for key in reader.get_variable_to_shape_map()}
-
-
-def read_checkpoint(path: str) -> dict[str, np.ndarray]:
-  """Returns all values of a checkpoint by name, whose checksums this verifies.
-
-  Raises:
-    One of READ_ERRORS: It is damaged.
-  """
-  reader = tf.train.load_checkpoint(path)
-  return {name: reader.get_tensor(key)
-          for name, key in checkpoint_keys(reader).items()}
-
-
-def step_inside(path: str, otherwise: int) -> int:
-  """Returns the global_step in a checkpoint, or the other one if damaged."""
-  try:
-    reader = tf.train.load_checkpoint(path)
-    return int(reader.get_tensor(checkpoint_keys(reader)['global_step']))
-  except (*READ_ERRORS, TypeError):
-    return otherwise
-
-
-class Checkpoints:
-  """The checkpoints of a model folder, model.ckpt-STEP, as the original's."""
-
-  def __init__(self, model_dir: str):
-    self._model_dir = model_dir
-    self._prefix = os.path.join(model_dir, 'model.ckpt')
-    self.newest = None  # the path of what was last read or saved
-
-  def steps(self) -> list[int]:
-    """Returns the steps of all checkpoints, damaged ones too, newest first."""
-    # Not from the list in `checkpoint`: a copied one may name the old place.
-    pattern = re.compile(
-        re.escape(self._prefix) + r'-(\d+)\.(index|data-\d+-of-\d+)')
-    found = map(pattern.fullmatch, glob.glob(glob.escape(self._prefix) + '-*'))
-    return sorted({int(match[1]) for match in found if match}, reverse=True)
-
-  def read_newest(self) -> dict[str, np.ndarray]:
-    """Returns the values of the newest whole checkpoint, {} in a new folder."""
-    # By their contents: a renamed file must not be gone back to for ever.
-    steps = sorted(self.steps(), key=lambda step: step_inside(
-        f'{self._prefix}-{step}', step))
-    while steps:
-      path = f'{self._prefix}-{steps.pop()}'
-      logging.info('Restoring parameters from %s', path)
-      try:
-        values = read_checkpoint(path)
-        self.newest = path
-        return values
-      except READ_ERRORS as error:
-        logging.warning('%s is damaged (%s)%s', path, reason(error),
-                        ': trying the one before' if steps else '')
-    if any(self.steps()):  # without the one of step 0, nothing is lost
-      raise Cifar10Error(
-          f'{self._model_dir} holds no checkpoint that is not damaged: move '
-          'model.ckpt-* away to start anew, or name another --model_dir')
-    return {}
-
-  def restore(self, state: tf.Module, values: dict[str, np.ndarray]) -> None:
-    """Assigns the values just read; changes none if one cannot be used."""
-    path, here = self.newest, state.network.resnet_size
-    size = size_in_checkpoint(values)
-    if size not in (None, here):
-      raise Cifar10Error(
-          f'{path} is of another network (size {size}, not {here}): use '
-          f'--resnet_size={size} or another --model_dir')
-    for variable in state.variables:
-      name = tf1_name(variable)
-      if name in ('seed', 'train_accuracy'):  # the original does not have these
-        values.setdefault(name, variable.numpy())
-      if name not in values or values[name].shape != variable.shape:
-        there = list(values[name].shape) if name in values else 'missing'
-        raise Cifar10Error(
-            f'{path} is of another network ({name} is {there} there and '
-            f'{variable.shape.as_list()} here): use another --model_dir')
-      if not np.isfinite(values[name]).all():
-        raise Cifar10Error(
-            f'{path} is of no use, {name} is not finite there: move it away to '
-            'go on from the one before, or name another --model_dir')
-    for variable in state.variables:
-      variable.assign(values[tf1_name(variable)])
-    if not path.endswith(f'-{values["global_step"]}'):
-      logging.warning('%s is of step %d', path, values['global_step'])
-
-  def save(self, state: tf.Module) -> None:
-    """Saves a checkpoint; afterwards deletes all but this port's newest five.
-
-    Raises:
-      Cifar10Error: A variable is not finite, or there is no room.
-    """
-    values = {tf1_name(v): v.numpy() for v in state.variables}
-    step = values['global_step'].item()
-    for name, value in values.items():
-      # Test the norm: where the squares overflow, weight decay makes the next
-      # loss infinite.
-      if not np.isfinite(tf.norm(tf.cast(value, tf.float32))):
-        raise Cifar10Error(f'{name} is not finite after step {step}, or its '
-                           f'norm{WHEN_NOT_FINITE}')
-    path = f'{self._prefix}-{step}'
-    logging.info('Saving checkpoints for %d into %s.', step, self._prefix)
-    try:
-      with tf.device('CPU'):
-        tf.raw_ops.SaveV2(prefix=path, tensor_names=list(values),
-                          shape_and_slices=[''] * len(values),
-                          tensors=list(values.values()))
-      older = [s for s in self.steps() if s < step]
-      self._write_list([*reversed(older[:KEEP_CHECKPOINTS - 1]), step])
-    except (tf.errors.OpError, OSError) as error:
-      self._delete(path)
-      raise Cifar10Error(
-          f'Cannot save a checkpoint in {self._model_dir} ({reason(error)}): '
-          'make room there and start again, the older checkpoints are whole'
-          ) from None
-    self.newest = path
-    for step in older[KEEP_CHECKPOINTS - 1:]:
-      path = f'{self._prefix}-{step}'
-      with contextlib.suppress(*READ_ERRORS):
-        reader = tf.train.load_checkpoint(path)
-        if 'seed' in checkpoint_keys(reader):  # not the original's
-          self._delete(path)
-    for part in glob.glob(glob.escape(self._prefix) + '-*.tempstate*'):
-      os.remove(part)  # of a save that was killed
-
-  def _write_list(self, steps: list[int]) -> None:
-    """Writes `checkpoint`, where TensorFlow and the original look them up."""
-    listed = os.path.join(self._model_dir, 'checkpoint')
-    with open(f'{listed}.tmp', 'w', encoding='ascii') as file:
-      print(f'model_checkpoint_path: "model.ckpt-{steps[-1]}"', file=file)
-      for step in steps:
-        print(f'all_model_checkpoint_paths: "model.ckpt-{step}"', file=file)
-    os.replace(f'{listed}.tmp', listed)
-
-  def _delete(self, path: str) -> None:
-    # The index last: without it nobody could tell whose the data are.
-    for ending in ('.data-00000-of-00001', '.index'):
-      with contextlib.suppress(OSError):
-        os.remove(path + ending)

@@ -2,28 +2,22 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
+import logging
 import os
 import pathlib
 import pickle
+import signal
 import subprocess
 import time
 
-from absl import flags, logging
+from absl import flags
 import numpy as np
 import pytest
 
-import cifar10_download_and_extract as cifar10
 import cifar10_main
-from tests.helpers import (
-    GOLDEN,
-    Screen,
-    run,
-    run_on_terminal,
-    tensors,
-    train_command,
-    write_random_data,
-)
+from tests import helpers
 
 
 @pytest.fixture
@@ -55,29 +49,34 @@ def script_flags():
 
 
 @pytest.fixture
+def usual_signals():
+  """Python's own handlers, which processes that run tests may have changed."""
+  usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL,
+           signal.SIGINT: signal.default_int_handler}
+  before = {number: signal.signal(number, handler)
+            for number, handler in usual.items()}
+  yield usual
+  for number, handler in before.items():
+    signal.signal(number, handler)
+
+
+@pytest.fixture
 def log():
   """The messages logged during a test."""
-  messages = []
-
-  class Handler(logging.PythonHandler):
-
-    def emit(self, record):
-      messages.append(record.getMessage())
-
-  handler = Handler()
-  logger = logging.get_absl_logger()
+  messages, logger = [], logging.getLogger('absl')
+  handler, level = logging.Handler(), logger.level
+  handler.emit = lambda record: messages.append(record.getMessage())
   logger.addHandler(handler)
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.INFO)
+  logger.setLevel('INFO')
   yield messages
-  logging.set_verbosity(verbosity)
+  logger.setLevel(level)
   logger.removeHandler(handler)
 
 
 @pytest.fixture
 def data_dir(tmp_path):
   """Small data files: 50 records to train, 23 to evaluate."""
-  write_random_data(tmp_path / 'data', 50, 23)
+  helpers.write_random_data(tmp_path / 'data')
   return tmp_path / 'data'
 
 
@@ -92,9 +91,9 @@ class Trained:
 def trained(tmp_path_factory):
   """A run of eight steps, seed 1, in two cycles on the data of data_dir."""
   folder = tmp_path_factory.mktemp('trained')
-  write_random_data(folder / 'data', 50, 23)
+  helpers.write_random_data(folder / 'data')
   with contextlib.redirect_stdout(io.StringIO()) as printed:
-    run(folder / 'data', folder / 'model', train_steps=8, seed=1)
+    helpers.run(folder / 'data', folder / 'model', train_steps=8, seed=1)
   return Trained(folder / 'model', printed.getvalue().splitlines())
 
 
@@ -103,7 +102,7 @@ class Run:
   """A run of the script on a terminal."""
   model_dir: pathlib.Path
   export_dir: pathlib.Path
-  screen: Screen
+  screen: helpers.Screen
   printed: list[str]  # on standard output
   tensors: dict  # of the last checkpoint
   seconds: float  # from the first step on
@@ -115,29 +114,34 @@ def undisturbed(tmp_path_factory):
 
   The first process of the tests that needs it runs it for all.
   """
-  folder = tmp_path_factory.getbasetemp().parent / 'undisturbed'
-  with cifar10.sole_use(str(folder), wait=True):
-    if not (folder / 'run').exists():
-      (folder / 'run').write_bytes(pickle.dumps(run_undisturbed(folder)))
-  return pickle.loads((folder / 'run').read_bytes())
+  folder = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    folder = folder.parent
+  kept = folder / 'undisturbed.pickle'
+  with open(folder / 'undisturbed.lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not kept.exists():
+      kept.write_bytes(pickle.dumps(run_undisturbed(folder / 'undisturbed')))
+  return pickle.loads(kept.read_bytes())
 
 
 def run_undisturbed(folder):
+  folder.mkdir()
   started = []
-  status, screen = run_on_terminal(
-      train_command(folder / 'model', f'--export_dir={folder}/exported'),
+  status, screen = helpers.run_on_terminal(
+      helpers.train_command(folder / 'model', f'--export_dir={folder}/export'),
       at=b'Step 1 of', then=lambda _: started.append(time.monotonic()))
   assert status == 0, screen.rows
-  return Run(folder / 'model', folder / 'exported', screen,
+  return Run(folder / 'model', folder / 'export', screen,
              [row for row in screen.rows if row.startswith('{')],
-             tensors(folder / 'model' / 'model.ckpt-150'),
+             helpers.tensors(folder / 'model' / 'model.ckpt-150'),
              time.monotonic() - started[0])
 
 
 @pytest.fixture(scope='session')
 def golden():
   """Numbers of the original and their inputs, as golden/README.md says."""
-  with np.load(GOLDEN + '.npz') as values:
+  with np.load(helpers.GOLDEN + '.npz') as values:
     golden = dict(values)
   generator = np.random.RandomState(1)
   golden['images'] = generator.randint(

@@ -8,26 +8,15 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
 import cifar10_main
-import resnet_model
 
 SCRIPT = os.path.abspath(cifar10_main.__file__)
 ROOT = os.path.dirname(SCRIPT)
 GOLDEN = os.path.join(os.path.dirname(__file__), 'golden', 'resnet8_b16')
 NUMBER = r'-?\d+(?:\.\d+)?(?:e[+-]?\d+)?'
-
-
-def make_state(resnet_size=8, data_format=None, dtype='fp32', seed=0):
-  return cifar10_main.make_state(resnet_size, data_format, dtype, seed)
-
-
-def needs_xla(data_format):
-  """Tells whether the device, a CPU, has no convolutions of its own for it."""
-  return not resnet_model.has_convolutions(data_format, tf.float32)
 
 
 # ------------------------------------------------------------------ data
@@ -43,47 +32,46 @@ def numbered_records(count):
   return records
 
 
-def write_data(folder, train_records, test_records):
+def write_data(data_dir, train_records, test_records):
   """Writes record files; the training files share the records out evenly."""
+  folder = data_dir / cifar10.FOLDER_NAME
   folder.mkdir(parents=True)
   for name, part in zip(cifar10.TRAIN_FILES, np.split(train_records, 5)):
     part.tofile(folder / name)
   test_records.tofile(folder / cifar10.TEST_FILE)
 
 
-def write_random_data(data_dir, num_train, num_test):
+def write_random_data(data_dir, num_train=50, num_test=23):
   """Writes record files with random images and labels, always the same."""
-  rng = np.random.default_rng(0)
-  records = rng.integers(
+  records = np.random.default_rng(0).integers(
       0, 256, [num_train + num_test, cifar10.RECORD_BYTES], np.uint8)
   records[:, 0] %= 10
-  write_data(data_dir / cifar10.FOLDER_NAME,
-             records[:num_train], records[num_train:])
+  write_data(data_dir, records[:num_train], records[num_train:])
 
 
 def contents(folder):
-  """Returns all files below a folder, as a dict of bytes by path."""
-  return {path: path.read_bytes()
-          for path in folder.rglob('*') if path.is_file()}
+  """Returns all files below a folder but locks, as a dict of bytes by path."""
+  return {path: path.read_bytes() for path in folder.rglob('*')
+          if path.is_file() and path.name != '.lock'}
 
 
 # ------------------------------------------------------------------ runs
 
 
-def small_settings(data_dir, model_dir, **changes):
+def small_settings(data_dir=None, model_dir='unused', **changes):
   """Returns settings of four steps on small batches."""
-  return cifar10_main.Settings(**{
-      'data_dir': str(data_dir), 'model_dir': str(model_dir), 'resnet_size': 8,
-      'train_steps': 4, 'steps_per_eval': 4, 'batch_size': 10, **changes})
+  return cifar10_main.Settings(data_dir, model_dir, **{
+      'resnet_size': 8, 'train_steps': 4, 'steps_per_eval': 4,
+      'batch_size': 10, **changes})
 
 
-def run(data_dir, model_dir, interrupted=lambda: False, **changes):
+def make_state(**changes):
+  return cifar10_main.make_state(small_settings(**{'seed': 0, **changes}))
+
+
+def run(data_dir, model_dir, interrupted=lambda: False, hooks=(), **changes):
   return cifar10_main.train_and_evaluate(
-      small_settings(data_dir, model_dir, **changes), interrupted)
-
-
-def evaluate_only(data_dir, model_dir):
-  cifar10_main.evaluate_only(small_settings(data_dir, model_dir))
+      small_settings(data_dir, model_dir, **changes), interrupted, hooks)
 
 
 def matches(pattern, lines):
@@ -92,12 +80,26 @@ def matches(pattern, lines):
   return [match.groups() for match in found if match]
 
 
+def needs_xla(data_format):
+  """Tells whether the device has no convolutions of its own for a layout."""
+  image, kernel = np.ones([1, 9, 9, 9], 'f'), np.ones([3, 3, 9, 9], 'f')
+  layout = 'NCHW' if data_format == 'channels_first' else 'NHWC'
+  try:
+    tf.nn.conv2d(image, kernel, 1, 'SAME', layout)
+    return False
+  except tf.errors.UnimplementedError:
+    return True
+
+
 # ----------------------------------------------------------- checkpoints
 
 
-def save(model_dir, state):
+def save(model_dir, state, *steps):
+  """Saves checkpoints, of the steps if any are given, as one run does."""
   checkpoints = cifar10_main.Checkpoints(str(model_dir))
-  checkpoints.save(state)
+  for step in steps or [state.global_step]:
+    state.global_step.assign(step)
+    checkpoints.save(state)
   return checkpoints
 
 
@@ -134,13 +136,6 @@ def difference(ours, theirs):
 # ------------------------------------------------------------- processes
 
 
-def each(moments, quick):
-  """Returns the moments as parameters, all but the first few marked slow."""
-  return [pytest.param(*(moment if isinstance(moment, list) else [moment]),
-                       marks=() if i < quick else pytest.mark.slow)
-          for i, moment in enumerate(moments)]
-
-
 def train_command(model_dir, *arguments):
   """Returns the command of a run that ends within seconds."""
   return [sys.executable, SCRIPT, '--use_synthetic_data', '--resnet_size=8',
@@ -150,9 +145,9 @@ def train_command(model_dir, *arguments):
 
 
 def start(command, **kwargs):
-  return subprocess.Popen(
-      command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-      cwd=ROOT, **kwargs)
+  return subprocess.Popen(command, **{
+      'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True,
+      'cwd': ROOT, **kwargs})
 
 
 def finish(process):
@@ -163,11 +158,13 @@ def finish(process):
 
 
 def read_until(process, text):
-  """Reads the log of a process up to a line that contains the text."""
+  """Returns the log of a process up to a line that contains the text."""
+  lines = []
   for line in process.stderr:
+    lines.append(line.rstrip('\n'))
     if text in line:
-      return
-  raise AssertionError(f'it has ended without {text!r}')
+      return lines
+  raise AssertionError(f'it has ended without {text!r}: {lines}')
 
 
 def only_log_and_results(rows):
@@ -203,20 +200,15 @@ def run_on_terminal(command, at=None, then=None, **kwargs):
   Where its output has shown the bytes `at`, `then` is called with the process.
   """
   terminal, end = pty.openpty()
-  process = subprocess.Popen(
-      command, stdin=end, stdout=end, stderr=end, cwd=ROOT, **kwargs)
+  process = subprocess.Popen(command, cwd=ROOT, **{
+      'stdin': end, 'stdout': end, 'stderr': end, **kwargs})
   os.close(end)
   output = b''
-  for data in read_all(terminal):
-    output += data
-    if at and at in output:
-      then(process)
-      at = None
+  with contextlib.suppress(OSError):  # so a terminal ends on Linux
+    while data := os.read(terminal, 1 << 16):
+      output += data
+      if at and at in output:
+        then(process)
+        at = None
   os.close(terminal)
   return process.wait(), Screen(output.decode())
-
-
-def read_all(terminal):
-  with contextlib.suppress(OSError):  # so it ends on Linux
-    while data := os.read(terminal, 1 << 16):
-      yield data

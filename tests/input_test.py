@@ -3,16 +3,16 @@
 import functools
 import itertools
 import os
-import subprocess
-import sys
+import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import config
 
 import cifar10_download_and_extract as cifar10
 import cifar10_main
-from tests.helpers import ROOT, numbered_records, write_data
+from tests import helpers
 
 
 def standardize(image):
@@ -50,7 +50,7 @@ def test_augmented_images_are_views_of_their_sources(data_dir):
 def test_standardization_of_a_uniform_image(tmp_path):
   records = np.full([5, cifar10.RECORD_BYTES], 7, np.uint8)
   records[:, 1] = 8  # one value in 3,072 differs: the deviation is 0.018
-  write_data(tmp_path / cifar10.FOLDER_NAME, records, records)
+  helpers.write_data(tmp_path, records, records)
   features, _ = next(iter(cifar10_main.input_fn('eval', str(tmp_path), 5)))
   expected = standardize(records[0, 1:].reshape(3, 32, 32).transpose(1, 2, 0))
   np.testing.assert_allclose(features[0], expected, atol=1e-4)
@@ -84,8 +84,8 @@ def test_views_are_uniform_and_independent():
 
 
 def test_evaluation_sees_each_image_once_in_order(tmp_path):
-  records = numbered_records(10000)
-  write_data(tmp_path / cifar10.FOLDER_NAME, records[:5], records)
+  records = helpers.numbered_records(10000)
+  helpers.write_data(tmp_path, records[:5], records)
   dataset = cifar10_main.input_fn('eval', str(tmp_path), 128)
   sizes, labels = [], []
   seen = []
@@ -130,32 +130,26 @@ def test_training_order():
   assert not np.array_equal(record_numbers(draw(seed=2), 100), first)
 
 
-PREPARED_AHEAD = """
-import time
-import tensorflow as tf
-import cifar10_main
-
-tf.config.experimental.enable_op_determinism()  # as --seed does
-batches = iter(cifar10_main.input_fn('train', None, 1000, True))
-
-def seconds_for_five():
-  started = time.perf_counter()
-  for _ in range(5):
-    next(batches)
-  return time.perf_counter() - started
-
-seconds_for_five()
-made = seconds_for_five()
-time.sleep(2)
-print(made, seconds_for_five())
-"""
+@pytest.fixture
+def deterministic():
+  tf.config.experimental.enable_op_determinism()  # as --seed does
+  yield
+  config.disable_op_determinism()
 
 
-def test_seed_leaves_batches_prepared_ahead():
-  result = subprocess.run([sys.executable, '-c', PREPARED_AHEAD], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
-  made, taken = map(float, result.stdout.split())
-  assert taken < made / 3
+def test_seed_leaves_batches_prepared_ahead(deterministic):
+  batches = iter(cifar10_main.input_fn('train', None, 1000, True))
+
+  def seconds_for_five():
+    started = time.perf_counter()
+    for _ in range(5):
+      next(batches)
+    return time.perf_counter() - started
+
+  seconds_for_five()
+  made = seconds_for_five()
+  time.sleep(2)
+  assert seconds_for_five() < made / 3
 
 
 def test_shuffle_buffer_is_the_originals(monkeypatch):
@@ -219,8 +213,8 @@ def test_unknown_mode(data_dir, use_synthetic_data):
 def test_data_that_change_while_training(tmp_path):
   """All records are read at the start. The next start finds the damage."""
   folder = tmp_path / cifar10.FOLDER_NAME
-  records = numbered_records(300)
-  write_data(folder, records[:250], records[250:])
+  records = helpers.numbered_records(300)
+  helpers.write_data(tmp_path, records[:250], records[250:])
   inputs = [cifar10_main.input_fn('train', str(tmp_path), 16)
             for _ in range(2)]
   expected = [images.numpy() for images, _ in inputs[0].take(30)]

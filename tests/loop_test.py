@@ -3,81 +3,77 @@
 import ast
 import functools
 import itertools
-import os
 import re
 import shutil
-import signal
 import time
-from unittest import mock
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import (
-  event_accumulator,
-  plugin_event_accumulator,
+    event_accumulator,
+    plugin_event_accumulator,
 )
 import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
-from cifar10_download_and_extract import Cifar10Error
 import cifar10_main
-from tests.helpers import (
-    NUMBER,
-    contents,
-    evaluate_only,
-    make_state,
-    matches,
-    run,
-    small_settings,
-    tensors,
-)
+from tests import helpers
 
 
-def test_log_prints_and_summaries(
-    data_dir, tmp_path, log, capsys, monkeypatch):
-  monkeypatch.setattr(cifar10_main, 'LOG_STEPS', 10)
-  model_dir = tmp_path / 'model'
-  run(data_dir, model_dir, train_steps=29, steps_per_eval=25)
+@pytest.fixture
+def log_steps(monkeypatch):
+  return functools.partial(monkeypatch.setattr, cifar10_main, 'LOG_STEPS')
 
-  lines = matches(rf'loss = ({NUMBER}), step = (\d+)( \(\d+\.\d{{3}} sec\))?',
-                  log)
+
+def read_events(folder):
+  return event_accumulator.EventAccumulator(str(folder)).Reload()
+
+
+def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys, log_steps):
+  log_steps(10)
+  model_dir, number = tmp_path / 'model', helpers.NUMBER
+  helpers.run(data_dir, model_dir, train_steps=29, steps_per_eval=25)
+
+  def logged(pattern):
+    return helpers.matches(pattern, log)
+
+  lines = logged(rf'loss = ({number}), step = (\d+)( \(\d+\.\d{{3}} sec\))?')
   assert [int(step) for _, step, _ in lines] == [1, 11, 21, 26]
   assert [bool(seconds) for *_, seconds in lines] == [False, True, True, False]
-  accuracy = matches(
-      rf'cross_entropy = ({NUMBER}), learning_rate = ({NUMBER}), '
-      rf'train_accuracy = ({NUMBER})( \(\d+\.\d{{3}} sec\))?', log)
+  accuracy = logged(
+      rf'cross_entropy = ({number}), learning_rate = ({number}), '
+      rf'train_accuracy = ({number})( \(\d+\.\d{{3}} sec\))?')
   assert len(accuracy) == 4
   assert {rate for _, rate, *_ in accuracy} == {'0.0078125'}
-  assert len(matches(rf'global_step/sec: ({NUMBER})', log)) == 2
-  assert matches(r'Saving checkpoints for (\d+) into (.*)\.', log) == [
+  assert len(logged(rf'global_step/sec: ({number})')) == 2
+  assert logged(r'Saving checkpoints for (\d+) into (.*)\.') == [
       (str(step), f'{model_dir}/model.ckpt') for step in (0, 25, 29)]
-  assert len(matches(rf'Loss for final step: {NUMBER}\.', log)) == 2
-  assert len(matches(
-      r'Starting evaluation at \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d', log)) == 2
-  assert len(matches(
-      r'Finished evaluation at \d{4}-\d\d-\d\d-\d\d:\d\d:\d\d', log)) == 2
-  assert matches(r'Restoring parameters from (.*)', log) == [
+  assert len(logged(rf'Loss for final step: {number}\.')) == 2
+  assert len(logged(
+      r'Starting evaluation at \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d')) == 2
+  assert len(logged(
+      r'Finished evaluation at \d{4}-\d\d-\d\d-\d\d:\d\d:\d\d')) == 2
+  assert logged(r'Restoring parameters from (.*)') == [
       (f'{model_dir}/model.ckpt-{step}',) for step in (25, 29)]
-  results = matches(
-      rf'Saving dict for global step (\d+): accuracy = ({NUMBER}), '
-      rf'global_step = (\d+), loss = ({NUMBER})', log)
-  printed = matches(
-      rf"{{'accuracy': ({NUMBER}), 'loss': ({NUMBER}), 'global_step': (\d+)}}",
+  results = logged(
+      rf'Saving dict for global step (\d+): accuracy = ({number}), '
+      rf'global_step = (\d+), loss = ({number})')
+  printed = helpers.matches(
+      rf"{{'accuracy': ({number}), 'loss': ({number}), 'global_step': (\d+)}}",
       capsys.readouterr().out.splitlines())
   assert [result[0] for result in results] == ['25', '29']
   assert [(accuracy, loss, step) for step, accuracy, _, loss in results
           ] == printed
 
-  train = event_accumulator.EventAccumulator(str(model_dir)).Reload()
+  train = read_events(model_dir)
   tags = train.Tags()['tensors']
   assert set(tags) == {'cross_entropy', 'learning_rate', 'train_accuracy',
                        'loss', 'global_step/sec', 'images/sec', 'images',
-                       'accuracy', 'run', '_hparams_/session_start_info'}
+                       'accuracy', 'run'}
   for tag in tags:
-    steps = [event.step for event in train.Tensors(tag)]
     expected = {'global_step/sec': [11, 21], 'images/sec': [11, 21],
-                'run': [0], '_hparams_/session_start_info': [0]}
-    assert steps == expected.get(tag, [1, 11, 21, 26])
+                'run': [0]}.get(tag, [1, 11, 21, 26])
+    assert [event.step for event in train.Tensors(tag)] == expected
   for event, (loss, *_) in zip(train.Tensors('loss'), lines):
     assert tf.make_ndarray(event.tensor_proto) == np.float32(loss)
   # Width, height and then the pictures themselves.
@@ -88,7 +84,7 @@ def test_log_prints_and_summaries(
   assert picture.shape == [32, 32, 3]
   assert (picture.numpy().min(), picture.numpy().max()) == (0, 255)
 
-  test = event_accumulator.EventAccumulator(str(model_dir / 'eval')).Reload()
+  test = read_events(model_dir / 'eval')
   assert set(test.Tags()['tensors']) == {
       'accuracy', 'loss', 'confusion_matrix',
       *(f'per_class/{name}' for name in cifar10.CLASSES)}
@@ -101,52 +97,52 @@ def test_log_prints_and_summaries(
 
 
 def test_tensorboard_forgets_what_is_trained_again(
-    data_dir, tmp_path, monkeypatch, capsys):
+    data_dir, tmp_path, log_steps, capsys):
   """After step 8 the run goes on from step 4: no value stands there twice."""
-  monkeypatch.setattr(cifar10_main, 'LOG_STEPS', 1)
-  run(data_dir, tmp_path, train_steps=8)
+  log_steps(1)
+  helpers.run(data_dir, tmp_path, train_steps=8)
   for path in tmp_path.glob('model.ckpt-8.*'):
     path.unlink()
   time.sleep(1)  # the files of events are ordered by seconds
-  run(data_dir, tmp_path, train_steps=8)
+  helpers.run(data_dir, tmp_path, train_steps=8)
   for folder, tag, steps in ((tmp_path, 'loss', range(1, 9)),
                              (tmp_path / 'eval', 'accuracy', (4, 8))):
     events = plugin_event_accumulator.EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Tensors(tag)] == list(steps)
 
 
-def test_events_without_room(data_dir, tmp_path, monkeypatch, log, capsys):
-  monkeypatch.setattr(cifar10_main, 'LOG_STEPS', 1)
-  monkeypatch.setattr(cifar10_main.shutil, 'disk_usage',
-                      lambda folder: mock.Mock(free=0))
-  run(data_dir, tmp_path)
-  assert log.count(f'No room in {tmp_path}: TensorBoard misses values') == 1
-
-
-def test_batch_size_that_moves_the_learning_rate(log):
-  """After 104 steps in batches of 10: two of them were logged."""
-  state = make_state()
-  state.global_step.assign(104)
-  state.train_accuracy.assign([3, 20])
-  boundaries = {10: [104, 150, 200], 25: [42, 103, 104], 9: [105, 150, 200]}
-  with mock.patch.object(
-      cifar10_main, 'learning_rate_boundaries', boundaries.get):
-    for batch_size in (10, 9, 25):
-      cifar10_main.warn_of_drops(
-          small_settings(None, None, batch_size=batch_size, steps_per_eval=400),
-          state)
-  assert log == [
-      'The batch size changes from 10 to 25, and with it the learning rate: 2 '
-      'of its drops lie before step 104, not 0']
+def test_hooks_see_what_is_logged_and_can_stop_the_run(
+    data_dir, tmp_path, log, log_steps):
+  log_steps(3)
+  seen = []
+  assert not helpers.run(
+      data_dir, tmp_path / 'model', lambda: len(seen) == 6, train_steps=400,
+      steps_per_eval=400, hooks=[lambda *values: seen.append(values)] * 2)
+  assert [step for step, _ in seen] == [1, 1, 4, 4, 7, 7]
+  always = {'cross_entropy', 'loss', 'learning_rate', 'train_accuracy',
+            'images'}
+  assert always <= seen[0][1].keys()
+  assert not {'seconds', 'global_step/sec'} & seen[0][1].keys()
+  assert always | {'seconds', 'global_step/sec', 'images/sec'} <= (
+      seen[-1][1].keys())
+  for step, values in seen[::2]:
+    assert any(line.startswith(f'loss = {values["loss"]!s}, step = {step}')
+               for line in log)
+  assert f'Stopped after step 7, saved as {tmp_path}/model/model.ckpt-7' in (
+      log[-1])
 
 
 def run_cycles(monkeypatch, inner_loop, **changes):
   """Runs a stand-in for the inner loop; returns what the hooks are given."""
-  monkeypatch.setattr(cifar10_main, 'make_inner_loop', lambda *_: inner_loop)
+  monkeypatch.setattr(cifar10_main, 'make_inner_loop', lambda _: inner_loop)
+  for name in ('save', 'evaluate', 'write_evaluation'):
+    owner = cifar10_main.Checkpoints if name == 'save' else cifar10_main
+    monkeypatch.setattr(owner, name, lambda *_: ({}, None))
   seen = []
   assert cifar10_main.run_cycles(
-      small_settings(None, 'unused', **changes), make_state(), [],
-      lambda: False, hooks=[lambda *values: seen.append(values)])
+      helpers.make_state(**changes), [], None,
+      cifar10_main.Checkpoints('unused'), None, lambda: False,
+      hooks=[lambda *values: seen.append(values)])
   return seen
 
 
@@ -193,41 +189,47 @@ def test_pieces_take_about_a_second(monkeypatch):
   np.testing.assert_allclose(seconds[1:], 0.125)
 
 
-@pytest.mark.parametrize('xla', ['on', 'off'])
+@pytest.mark.parametrize('xla', [
+    'off', pytest.param('on', marks=pytest.mark.slow)])
 def test_each_step_is_traced_once(data_dir, tmp_path, monkeypatch, log, xla):
   model_fn, traced = cifar10_main.cifar10_model_fn, []
 
-  def spy(features, labels, mode, network):
+  def spy(features, labels, mode, state):
     traced.append(mode)
-    return model_fn(features, labels, mode, network)
+    return model_fn(features, labels, mode, state)
 
   monkeypatch.setattr(cifar10_main, 'cifar10_model_fn', spy)
   # Three cycles; the last one is shorter, as is the last batch to evaluate.
-  run(data_dir, tmp_path / 'model', train_steps=8, steps_per_eval=3, xla=xla)
-  assert matches(r'loss = .*, step = (\d+)', log) == [('1',), ('4',), ('7',)]
+  helpers.run(data_dir, tmp_path / 'model', train_steps=8, steps_per_eval=3,
+              xla=xla)
+  assert helpers.matches(r'loss = .*, step = (\d+)', log) == [
+      ('1',), ('4',), ('7',)]
   assert traced == ['train', 'eval']
   assert any(f'XLA {xla}' in line for line in log)
 
 
-@pytest.mark.parametrize('xla', [False, True])
+@pytest.mark.parametrize('xla', ['off', 'on'])
 def test_xla_compiles_the_step(data_dir, xla):
-  inner_loop = cifar10_main.make_inner_loop(make_state(), 10, xla)
+  inner_loop = cifar10_main.make_inner_loop(helpers.make_state(xla=xla))
   iterator = iter(cifar10_main.input_fn('train', str(data_dir), 10))
   function = inner_loop.get_concrete_function(iterator, tf.constant(1))
   library = function.graph.as_graph_def().library.function
-  assert any(f.attr['_XlaMustCompile'].b for f in library) == xla
+  assert any(f.attr['_XlaMustCompile'].b for f in library) == (xla == 'on')
+
+
+def evaluate(state, dataset):
+  return cifar10_main.evaluate(
+      cifar10_main.make_eval_step(state), dataset, 'path', 7)
 
 
 def test_evaluation_averages(data_dir, capsys):
   """Accuracy is over images, loss over batches, the short one included."""
-  state = make_state()
+  state = helpers.make_state()
   dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
-  eval_step = cifar10_main.make_eval_step(state.network)
-  results, matrix = cifar10_main.evaluate(eval_step, dataset, 'path', 7)
+  results, matrix = evaluate(state, dataset)
   losses, correct, expected = [], 0, np.zeros([10, 10])
   for features, labels in dataset:
-    outputs = cifar10_main.cifar10_model_fn(
-        features, labels, 'eval', state.network)
+    outputs = cifar10_main.cifar10_model_fn(features, labels, 'eval', state)
     losses.append(outputs['loss'])
     correct += int(outputs['correct'])
     for label, predicted in zip(np.argmax(labels, 1), outputs['classes']):
@@ -245,16 +247,12 @@ def test_evaluation_averages(data_dir, capsys):
 
 def test_batches_are_copied_to_a_gpu(data_dir, monkeypatch, capsys):
   """A second CPU stands in for the GPU."""
-  state = make_state()
-  eval_step = cifar10_main.make_eval_step(state.network)
+  state = helpers.make_state(data_format='channels_last')
   dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
-  expected, _ = cifar10_main.evaluate(eval_step, dataset, 'path', 7)
+  expected, _ = evaluate(state, dataset)
   device = tf.config.list_logical_devices('CPU')[1]
-  monkeypatch.setattr(
-      tf.config, 'list_logical_devices', lambda kind: [device])
-  results, _ = cifar10_main.evaluate(
-      cifar10_main.make_eval_step(state.network), dataset, 'path', 7)
-  assert results == expected
+  monkeypatch.setattr(tf.config, 'list_logical_devices', lambda kind: [device])
+  assert evaluate(state, dataset)[0] == expected
   train_data = cifar10_main.distributed_input(10, functools.partial(
       cifar10_main.input_fn, 'train', str(data_dir), 10))
   for features, _ in itertools.islice(train_data, 2):
@@ -262,63 +260,82 @@ def test_batches_are_copied_to_a_gpu(data_dir, monkeypatch, capsys):
 
 
 def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
-  run(data_dir, tmp_path / 'model', train_steps=3, steps_per_eval=3)
-  del log[:]
-  run(data_dir, tmp_path / 'model', train_steps=8, steps_per_eval=4)
-  # An interrupted cycle is finished first, the last one may be shorter.
-  assert [step for step, in matches(r'loss = .*, step = (\d+)', log)] == ['5']
-  assert [step for step, in matches(r'Saving checkpoints for (\d+) .*', log)
-          ] == ['4', '8']
-  assert any('Training steps 4 to 8' in line for line in log)
-  evaluated = capsys.readouterr().out.splitlines()
-  assert len(evaluated) == 3
+  model_dir = tmp_path / 'model'
 
-  before = contents(tmp_path / 'model')
-  run(data_dir, tmp_path / 'model', train_steps=8, steps_per_eval=4)
+  def run_to(train_steps, steps_per_eval):
+    """Returns the steps logged and saved, and what is printed."""
+    del log[:]
+    helpers.run(data_dir, model_dir, train_steps=train_steps,
+                steps_per_eval=steps_per_eval)
+    return (helpers.matches(r'loss = .*, step = (\d+)', log),
+            helpers.matches(r'Saving checkpoints for (\d+) .*', log),
+            capsys.readouterr().out.splitlines())
+
+  run_to(3, 3)
+  # An interrupted cycle is finished first, the last one may be shorter.
+  logged, saved, evaluated = run_to(8, 4)
+  assert logged == [('5',)]
+  assert saved == [('4',), ('8',)]
+  assert any('Training steps 4 to 8' in line for line in log)
+  assert len(evaluated) == 2
+
+  before = helpers.contents(model_dir)
+  assert run_to(8, 4) == ([], [], evaluated[-1:])
   assert any('All 8 steps are trained already' in line for line in log)
-  assert capsys.readouterr().out.splitlines() == evaluated[-1:]
   checkpoints = {path: data for path, data in before.items()
                  if 'ckpt' in path.name}
-  assert checkpoints.items() <= contents(tmp_path / 'model').items()
+  assert checkpoints.items() <= helpers.contents(model_dir).items()
 
 
-def test_resumed_run_is_exact(data_dir, tmp_path, log, capsys, monkeypatch):
+def test_resumed_run_is_exact(data_dir, tmp_path, log, capsys, log_steps):
   """An interruption changes no bit, log line or result. The seed is kept."""
-  monkeypatch.setattr(cifar10_main, 'LOG_STEPS', 10)
+  log_steps(10)
 
-  def lines():
-    found = [re.sub(r' \(.* sec\)', '', line) for line in log
-             if re.match('cross_entropy = |loss = ', line)]
+  def run(name, **changes):
+    """Returns what is logged, without times, and printed."""
     del log[:]
-    return found, capsys.readouterr().out.splitlines()
+    helpers.run(data_dir, tmp_path / name, **{
+        'train_steps': 25, 'steps_per_eval': 12, **changes})
+    return ([re.sub(r' \(.* sec\)', '', line) for line in log
+             if re.match('cross_entropy = |loss = ', line)],
+            capsys.readouterr().out.splitlines())
 
-  kwargs = {'train_steps': 25, 'steps_per_eval': 12}
-  run(data_dir, tmp_path / 'whole', seed=3, **kwargs)
-  whole_log, whole_results = lines()
-  run(data_dir, tmp_path / 'model', seed=3, **{**kwargs, 'train_steps': 11})
-  run(data_dir, tmp_path / 'model', **kwargs)
-  resumed_log, (stopped_at, *resumed_results) = lines()
+  whole_log, whole_results = run('whole', seed=3)
+  first_log, (stopped_at,) = run('model', seed=3, train_steps=11)
+  resumed_log, resumed_results = run('model')
   assert "'global_step': 11" in stopped_at
   assert resumed_results == whole_results
-  assert resumed_log == whole_log
+  assert first_log + resumed_log == whole_log
   assert len(whole_log) == 10
-  np.testing.assert_equal(tensors(tmp_path / 'model' / 'model.ckpt-25'),
-                          tensors(tmp_path / 'whole' / 'model.ckpt-25'))
+  np.testing.assert_equal(
+      *(helpers.tensors(tmp_path / name / 'model.ckpt-25')
+        for name in ('model', 'whole')))
 
-  with pytest.raises(Cifar10Error, match=r'trained with --seed=3, not 4'):
-    run(data_dir, tmp_path / 'model', seed=4, **kwargs)
-  kernels = [make_state(seed=seed).network.kernel.numpy() for seed in (3, 3, 4)]
+  with pytest.raises(cifar10.Cifar10Error, match='trained with --seed=3, not'):
+    run('model', seed=4)
+  kernels = [helpers.make_state(seed=seed).network.kernel.numpy()
+             for seed in (3, 3, 4)]
   np.testing.assert_array_equal(kernels[0], kernels[1])
   assert not np.array_equal(kernels[0], kernels[2])
 
 
 @pytest.mark.parametrize(
     ('save_checkpoints_secs', 'expected'), [(600, {0, 4}), (0, {0, 1, 4})])
-def test_saves_by_the_clock(
+def test_saves_by_the_clock_and_has_its_folder_to_itself(
     data_dir, tmp_path, log, save_checkpoints_secs, expected):
-  run(data_dir, tmp_path / 'model', train_steps=4,
-      save_checkpoints_secs=save_checkpoints_secs)
-  saved = [int(step) for step, in matches(
+  model_dir, asked = tmp_path / 'model', []
+
+  def interrupted():
+    asked.append(True)
+    with (pytest.raises(cifar10.Cifar10Error, match='in use by another run'),
+          cifar10.sole_use(str(model_dir), '--model_dir')):
+      pass
+    return False
+
+  helpers.run(data_dir, model_dir, interrupted,
+              save_checkpoints_secs=save_checkpoints_secs)
+  assert asked
+  saved = [int(step) for step, in helpers.matches(
       r'Saving checkpoints for (\d+) .*', log)]
   assert len(saved) == len(set(saved))
   assert expected <= set(saved)
@@ -331,29 +348,16 @@ def test_evaluates_the_end_of_a_cycle_that_was_killed_there(
   shutil.copytree(trained.model_dir, model_dir)
   for path in model_dir.glob('model.ckpt-8*'):
     path.unlink()
-  run(data_dir, model_dir, train_steps=8)
+  helpers.run(data_dir, model_dir, train_steps=8)
   assert capsys.readouterr().out.splitlines() == trained.printed
 
 
-def test_run_has_its_folder_to_itself(data_dir, tmp_path):
-  asked = []
-
-  def interrupted():
-    asked.append(True)
-    with (pytest.raises(Cifar10Error, match='is in use by another run'),
-          cifar10.sole_use(str(tmp_path / 'model'))):
-      pass
-    return False
-
-  run(data_dir, tmp_path / 'model', interrupted=interrupted)
-  assert asked
-
-
-def test_eval_only_writes_nothing(data_dir, tmp_path, capsys, trained):
-  before = contents(trained.model_dir)
+def test_eval_only_writes_nothing(data_dir, capsys, trained):
+  before = helpers.contents(trained.model_dir)
   for path in (data_dir / cifar10.FOLDER_NAME).glob('data_batch*'):
     path.unlink()  # not needed
-  evaluate_only(data_dir, trained.model_dir)
+  cifar10_main.evaluate_only(helpers.small_settings(
+      data_dir, trained.model_dir))
   result, *classes = capsys.readouterr().out.splitlines()
   assert result == trained.printed[-1]
   names, accuracies = zip(*(line.split() for line in classes))
@@ -364,58 +368,38 @@ def test_eval_only_writes_nothing(data_dir, tmp_path, capsys, trained):
   right = np.bincount(labels, minlength=10) * np.array(accuracies, float)
   accuracy = ast.literal_eval(result)['accuracy']
   np.testing.assert_allclose(sum(right), accuracy * 23, atol=1e-2)
-  assert contents(trained.model_dir) == before
+  assert helpers.contents(trained.model_dir) == before
 
 
-@pytest.mark.parametrize('save_checkpoints_secs', [600, 0])
-def test_loss_that_is_not_finite(
-    data_dir, tmp_path, monkeypatch, save_checkpoints_secs):
-  """Also if a checkpoint after step 1 is due, of finite but huge weights."""
-  monkeypatch.setattr(cifar10_main, 'INITIAL_LEARNING_RATE', 1e30)
-  at = (r'loss is not finite at step 2 \(looked at after steps 1 and [234]\)'
-        if save_checkpoints_secs else 'is not finite after step 1, or its norm')
-  with pytest.raises(Cifar10Error, match=(
-      f'{at}, nothing of it is saved: .* try a smaller --batch_size')):
-    run(data_dir, tmp_path / 'model',
-        save_checkpoints_secs=save_checkpoints_secs)
-  indices = (tmp_path / 'model').glob('*.index')
-  assert [path.name for path in indices] == ['model.ckpt-0.index']
+@pytest.mark.parametrize(('rate', 'save_checkpoints_secs', 'message'), [
+    (1e30, 600, r'The loss is not finite at step 2 \(looked at after steps 1 '
+     r'and [234]\)'), (1e40, 0, '.* is not finite after step 1')])
+def test_training_that_is_not_finite(
+    data_dir, tmp_path, monkeypatch, rate, save_checkpoints_secs, message):
+  """Also where the loss before the step was, and a checkpoint is due."""
+  monkeypatch.setattr(cifar10_main, 'INITIAL_LEARNING_RATE', rate)
+  with pytest.raises(cifar10.Cifar10Error, match=(
+      f'^{message}, nothing of it is saved: .* try a smaller --batch_size')):
+    helpers.run(data_dir, tmp_path / 'model',
+                save_checkpoints_secs=save_checkpoints_secs)
+  assert [path.name for path in tmp_path.glob('model/*.index')] == [
+      'model.ckpt-0.index']
 
 
 @pytest.mark.parametrize('batches', [0, 1])
-def test_interrupted_evaluation(data_dir, tmp_path, capsys, log, batches):
+def test_interrupted_evaluation(
+    data_dir, tmp_path, capsys, log, trained, batches):
   """It ends after a batch; the same command makes it again."""
-  asked = []
+  model_dir, asked = tmp_path / 'model', []
+  shutil.copytree(trained.model_dir, model_dir)
 
   def interrupted():
-    in_evaluation = 'Starting evaluation' in ''.join(log)
-    asked.extend([True] * in_evaluation)
+    asked.append(True)
     return len(asked) > batches
 
-  model_dir = tmp_path / 'model'
-  assert not run(data_dir, model_dir, interrupted, train_steps=4)
+  assert not helpers.run(data_dir, model_dir, interrupted, train_steps=8)
   assert len(asked) == batches + 1
   assert not capsys.readouterr().out
-  assert log[-1] == 'Stopped: the same command evaluates step 4'
-  assert run(data_dir, model_dir, train_steps=4)
-  assert "'global_step': 4" in capsys.readouterr().out
-
-
-def test_stop_button_of_a_notebook(data_dir, tmp_path, log, monkeypatch):
-  """The first KeyboardInterrupt saves; before the first step it ends at once.
-  """
-  monkeypatch.setattr(
-      cifar10_main, 'log_values', lambda step, values: step == 5 and os.kill(
-          os.getpid(), signal.SIGINT))
-  model_dir = tmp_path / 'model'
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    assert not run(data_dir, model_dir, interrupted=None, train_steps=400)
-    assert tf.train.latest_checkpoint(model_dir).endswith('-5')
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    monkeypatch.setattr(cifar10_main, 'describe_run', lambda *_: os.kill(
-        os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-      run(data_dir, model_dir, interrupted=None, train_steps=400)
-  finally:
-    signal.signal(signal.SIGINT, before)
+  assert log[-1] == 'Stopped: the same command evaluates step 8'
+  assert helpers.run(data_dir, model_dir, train_steps=8)
+  assert capsys.readouterr().out.splitlines() == trained.printed[-1:]

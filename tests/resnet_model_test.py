@@ -1,14 +1,11 @@
 """Tests of the network, against arithmetic and against the original."""
 
-import os
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import resnet_model
-
-GOLDEN = os.path.join(os.path.dirname(__file__), 'golden', 'resnet8_b16.npz')
+from tests import helpers
 
 
 def generate(resnet_size=8, data_format='channels_last'):
@@ -29,10 +26,9 @@ def test_number_of_parameters(resnet_size, trained, moving):
   assert count(network.variables) == trained + moving
 
 
-def test_names_and_shapes_are_the_originals():
-  with np.load(GOLDEN) as golden:
-    expected = {name.removeprefix('init/'): golden[name].shape
-                for name in golden.files if name.startswith('init/')}
+def test_names_and_shapes_are_the_originals(golden):
+  expected = {name.removeprefix('init/'): value.shape
+              for name, value in golden.items() if name.startswith('init/')}
   actual = {resnet_model.tf1_name(v): tuple(v.shape)
             for v in generate().variables}
   assert actual == expected
@@ -62,10 +58,9 @@ def test_both_data_formats_give_the_same(training):
               for data_format in ('channels_last', 'channels_first')]
   for ours, theirs in zip(*[network.variables for network in networks]):
     theirs.assign(ours)
-  # Compiled by XLA: not every CPU has TensorFlow's own NCHW convolutions.
   results = []
   for network in networks:
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=helpers.needs_xla('channels_first'))
     def run(network=network):
       with tf.GradientTape() as tape:
         logits = network(images, training)
@@ -79,6 +74,31 @@ def test_both_data_formats_give_the_same(training):
     assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(ours)
   for ours, theirs in zip(*[network.variables for network in networks]):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_features_are_the_values_before_the_last_layer():
+  network = generate()
+  images = tf.random.stateless_normal([4, 32, 32, 3], [1, 2])
+  features = network.features(images, training=False)
+  assert (features.shape, features.dtype) == ([4, 64], tf.float32)
+  assert (features.numpy() >= 0).all()  # means of what a ReLU lets pass
+  np.testing.assert_array_equal(
+      network(images, training=False),
+      tf.matmul(features, network.kernel) + network.bias)
+
+
+@pytest.mark.parametrize(('dtype', 'shape'), [
+    (np.uint8, [4, 32, 32, 3]), (np.int32, [4, 32, 32, 3]),
+    (np.float32, [32, 32, 3]), (np.float32, [4, 3, 32, 32]),
+    (np.float32, [4, 28, 28, 1])])
+def test_refuses_images_that_are_not_standardized(dtype, shape):
+  """They would give nonsense without a word."""
+  images, network = np.ones(shape, dtype), generate()
+  for function in (network, network.features):
+    with pytest.raises(ValueError, match=(
+        'images must be standardized, floats .* not '
+        rf'{images.dtype} \({", ".join(map(str, shape))}\)')):
+      function(images, training=False)
 
 
 @pytest.mark.parametrize('data_format', ['channels_first', 'channels_last'])
