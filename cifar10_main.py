@@ -631,7 +631,7 @@ class Checkpoints:
     # A copied list may name the folder that it came from.
     saver.recover_last_checkpoints([
         path for path in (listed.all_model_checkpoint_paths if listed else ())
-        if os.path.dirname(path) == self._model_dir])
+        if os.path.join(self._model_dir, os.path.basename(path)) == path])
     return saver
 
 
@@ -1221,6 +1221,8 @@ def join_machines() -> tf.distribute.Strategy | None:
       return None
     if {*cluster.jobs, resolver.task_type} - {'chief', 'worker'}:
       raise ValueError('all machines train: no roles but chief and worker')
+    if len({*addresses}) < len(addresses):
+      raise ValueError('an address is there twice')
     wait_for_machines(addresses, cluster.task_address(
         resolver.task_type, resolver.task_id))
     strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
@@ -1329,6 +1331,8 @@ def main(argv: list[str]) -> int:
                            '--xla=off, without --data_format and --dtype'
                            ) from None
       raise
+    finally:
+      stop.end()
 
 
 if __name__ == '__main__':

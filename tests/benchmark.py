@@ -143,19 +143,15 @@ class Benchmark:
     self._train_data = cifar10_main.prefetch_to_gpu(
         cifar10_main.input_fn('train', folder, self._batch))
     self._eval_data = cifar10_main.input_fn('eval', folder, self._batch)
-    network = resnet_model.cifar10_resnet_v2_generator(
-        self._size, cifar10_main.NUM_CLASSES,
-        dtype=cifar10_main.DTYPES[self._dtype])
-    self._state = state = cifar10_main.TrainState(network)
+    self._state = state = cifar10_main.make_state(self._settings())
     self.setting = (
         f'ResNet-{self._size}, batch {self._batch}, {self._dtype}, XLA '
-        f'{"on" if self._xla else "off"}, {network.data_format}')
-    self._inner_loop = cifar10_main.make_inner_loop(
-        state, self._batch, self._xla)
-    self._step = cifar10_main.make_train_step(state, self._batch, self._xla)
-    self._evaluation_step = cifar10_main.make_eval_step(network)
+        f'{"on" if self._xla else "off"}, {state.network.data_format}')
+    self._inner_loop = cifar10_main.make_inner_loop(state)
+    self._step = cifar10_main.make_train_step(state)
+    self._evaluation_step = cifar10_main.make_eval_step(state)
     self._eval_step = tf.function(functools.partial(
-        cifar10_main.cifar10_model_fn, mode='eval', network=network))
+        cifar10_main.cifar10_model_fn, mode='eval', state=state))
     self._one_batch = next(iter(self._train_data))
     self._keras_network = self._compiled_keras_network()
 
@@ -237,12 +233,16 @@ class Benchmark:
           started.append(time.perf_counter())
         return values
 
-      self._state.global_step.assign(0)
-      with mock.patch.object(
-          cifar10_main, 'make_inner_loop', return_value=inner_loop):
+      settings = self._settings(train_steps=num_steps + 1)
+      state = self._state
+      state.settings = settings
+      state.global_step.assign(0)
+      with mock.patch.multiple(
+          cifar10_main, make_inner_loop=lambda state: inner_loop,
+          evaluate=lambda *_: (None, None), write_evaluation=mock.DEFAULT):
         cifar10_main.run_cycles(
-            self._settings(train_steps=num_steps + 1), self._state,
-            self._train_data, lambda: False, hooks=hooks)
+            state, self._train_data, None, mock.Mock(), None, lambda: False,
+            hooks)
       return time.perf_counter() - started[0]
 
     steps = max(2, round(self._seconds / seconds_for(1)))

@@ -108,7 +108,7 @@ def test_only_checkpoint_that_is_damaged(tmp_path, log):
 
 
 def test_no_checkpoint_to_evaluate(data_dir, tmp_path):
-  with refused('holds no checkpoint to evaluate'):
+  with refused('holds no checkpoint: train first'):
     cifar10_main.evaluate_only(
         helpers.small_settings(data_dir, tmp_path / 'model'))
   assert not (tmp_path / 'model').exists()
@@ -249,7 +249,7 @@ def test_model_dir_without_room(model_dir, num_bytes):
   helpers.restore(model_dir, state)
   state.global_step.assign(9)
   with (largest_file(num_bytes),
-        refused(f'^Cannot write .*a checkpoint in {model_dir} .*--model_dir')):
+        refused(f'^Cannot write to {model_dir} .*--model_dir')):
     helpers.save(model_dir, state)
   now = helpers.contents(model_dir)
   assert {path: now[path] for path in before} == before
@@ -268,7 +268,7 @@ def test_disk_that_fills_at_any_part_of_a_save(small_disk, part):
   small_disk(kilobytes=used + 4 * int(part * used / 4))
   before = helpers.contents(folder)
   if part < 1:
-    with refused('Cannot write .*a checkpoint'):
+    with refused('Cannot write to .*: make room there'):
       helpers.save(folder, state, 7)
     now = helpers.contents(folder)
     assert {path: now[path] for path in before} == before

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from unittest import mock
@@ -429,30 +430,64 @@ def replaced(code, replacements):
   return code
 
 
-def test_readme_on_the_quick_start(capsys, undisturbed):
-  exec(replaced(readme_code('should be'), {
-      '/tmp/cifar10_synthetic': undisturbed.export_dir}), {})
-  names = re.findall(r'[a-z]{3,}', capsys.readouterr().out.replace("b'", "'"))
-  assert len(names) == 7  # three found, `should`, and three that should be
-  assert {*names} <= {*cifar10.CLASSES, 'should'}
+def write_picture(path, image):
+  tf.io.write_file(str(path), tf.io.encode_png(image))
 
 
-def test_readme_on_pictures(tmp_path, capsys, undisturbed):
-  """It prints the likeliest classes of a picture's middle square."""
+def test_readme_on_serving(tmp_path, capsys, undisturbed):
   image = np.random.default_rng(0).integers(0, 256, [32, 32, 3], np.uint8)
   serve = signatures(undisturbed.export_dir)['serving_default']
-  probabilities = serve(images=image[None])['probabilities'][0].numpy()
-  expected = [f'{cifar10.CLASSES[i]} {probabilities[i]:.1%}'
-              for i in np.argsort(-probabilities, kind='stable')[:3]]
-  code = replaced(readme_code('decode_image'), {
+  outputs = serve(images=image[None])
+  write_picture(tmp_path / 'picture.png', image.repeat(8, 0).repeat(8, 1))
+  exec(replaced(readme_code('decode_image'), {
       '/tmp/cifar10_export': undisturbed.export_dir,
-      'picture.jpg': tmp_path / 'picture.png'})
+      'picture.png': tmp_path / 'picture.png'}), {})
+  name, share = capsys.readouterr().out.split()
+  assert name == outputs['class_names'][0].numpy().decode()
+  assert float(share) == pytest.approx(outputs['probabilities'].numpy().max())
+
+
+def bitmap(image):
+  """Returns the bytes of a BMP file: rows from below, each pixel as B, G, R."""
+  height, width, _ = image.shape
+  pixels = image[::-1, :, ::-1].tobytes()  # each row is a multiple of 4 bytes
+  return b'BM' + struct.pack(
+      '<IIIIiiHHIIiiII', 54 + len(pixels), 0, 54, 40, width, height, 1, 24, 0,
+      len(pixels), 0, 0, 0, 0) + pixels
+
+
+def test_predict(main, tmp_path, capsys, log, undisturbed):
+  """By the middle square, from any of the formats; others are named."""
+  image = np.random.default_rng(0).integers(0, 256, [32, 32, 3], np.uint8)
   wide = np.pad(image, [[0, 0], [40, 40], [0, 0]], 'wrap')
-  for picture in (image, wide, wide.repeat(8, axis=0).repeat(8, axis=1)):
-    tf.io.write_file(
-        str(tmp_path / 'picture.png'), tf.io.encode_png(picture))
-    exec(code, {})
-    assert capsys.readouterr().out.splitlines() == expected
+  large = wide.repeat(8, axis=0).repeat(8, axis=1)
+  opaque = np.dstack([large, np.full(large.shape[:2], 255, np.uint8)])
+  clear = np.dstack([wide, np.zeros(wide.shape[:2], np.uint8)])
+  for name, picture in (('small', image), ('wide', wide), ('large', large),
+                        ('opaque', opaque), ('clear', clear),
+                        ('white', np.full([50, 40, 3], 255, np.uint8)),
+                        ('grey', wide[:, :, :1])):
+    write_picture(tmp_path / f'{name}.png', picture)
+  (tmp_path / 'wide.bmp').write_bytes(bitmap(wide))
+  (tmp_path / 'text.jpg').write_text('no picture')
+  names = ['small.png', 'wide.png', 'large.png', 'opaque.png', 'wide.bmp',
+           'missing.png', 'text.jpg', 'clear.png', 'white.png', 'grey.png']
+  paths = [str(tmp_path / name) for name in names]
+  assert main(f'--model_dir={undisturbed.model_dir}',
+              f'--predict={",".join(paths)}') == 1
+  lines = capsys.readouterr().out.splitlines()
+  serve = signatures(undisturbed.export_dir)['serving_default']
+  found = serve(images=image[None])['probabilities'][0].numpy()
+  expected = ', '.join(f'{cifar10.CLASSES[i]} {found[i]:.1%}'
+                       for i in np.argsort(-found, kind='stable')[:3])
+  assert lines[:5] == [f'{path}: {expected}' for path in paths[:5]]
+  shown = dict(line.split(': ') for line in lines)
+  assert shown[paths[7]] == shown[paths[8]]  # what is transparent is white
+  assert paths[9] in shown
+  errors = [line for line in log if 'Cannot read the picture' in line]
+  assert [path in line for path, line in zip(paths[5:7], errors)] == [True] * 2
+  assert main(f'--model_dir={undisturbed.model_dir}',
+              f'--predict={paths[0]}') == 0
 
 
 TWICE = """
@@ -460,7 +495,7 @@ import logging, runpy, sys
 logging.getLogger('another').info('not shown')
 cifar10_main.logging.info('not shown')
 cifar10_main.logging.warning('shown')
-print(results, confusion_matrix.shape, cifar10_main.make_state(
+print(results, confusion_matrix.shape, len(losses), cifar10_main.make_state(
     cifar10_main.Settings(resnet_size=14)).network, 'keras' in sys.modules)
 for steps in (1, 2):
   sys.argv = ['cifar10_main.py', '--use_synthetic_data', '--resnet_size=8',
@@ -478,8 +513,8 @@ def test_readme_on_notebooks(tmp_path):
   """
   code = replaced(readme_code('show_log') + TWICE, {
       '/tmp/cifar10_notebook': tmp_path / 'notebook', 'FOLDER': tmp_path,
-      'train_steps=200': 'train_steps=2',
-      'steps_per_eval=100': 'steps_per_eval=2'})
+      'train_steps=800': 'train_steps=2',
+      'steps_per_eval=400': 'steps_per_eval=2'})
   # Keras must have no say: the network does without it.
   result = subprocess.run(
       [sys.executable, '-c', code], capture_output=True, text=True, check=False,
@@ -498,7 +533,7 @@ def test_readme_on_notebooks(tmp_path):
       result.stdout.splitlines())
   assert trained == evaluated
   assert [line.split()[0] for line in classes] == [*cifar10.CLASSES]
-  assert last == (f'{trained} (10, 10) ResNet-14, 175,322 parameters, '
+  assert last == (f'{trained} (10, 10) 1 ResNet-14, 175,322 parameters, '
                   'channels_last, float32 False')
   assert "'global_step': 1}" in first
   assert "'global_step': 2}" in second

@@ -23,21 +23,7 @@ import cifar10_download_and_extract as cifar10
 import cifar10_main
 import resnet_model
 from resnet_model import tf1_name
-from tests.helpers import (
-    ROOT,
-    SCRIPT,
-    difference,
-    each,
-    finish,
-    make_state,
-    place_originals_checkpoint,
-    read_until,
-    restore,
-    run,
-    start,
-    tensors,
-    write_random_data,
-)
+from tests import helpers
 
 BATCH = 24
 
@@ -67,10 +53,11 @@ def test_inputs_share_each_batch(mirrored):
 def train(strategy, num_steps, xla=False, seed=1):
   """Trains from the same values on the same batches; returns what comes out."""
   with strategy.scope():
-    state = make_state(seed=seed)
+    state = helpers.make_state(
+        seed=seed, batch_size=BATCH, xla='on' if xla else 'off')
     inputs = cifar10_main.distributed_input(BATCH, functools.partial(
         cifar10_main.input_fn, 'train', None, BATCH, True, seed=seed))
-    inner_loop = cifar10_main.make_inner_loop(state, BATCH, xla)
+    inner_loop = cifar10_main.make_inner_loop(state)
     values = inner_loop(iter(inputs), tf.constant(num_steps))
   return state, {name: value.numpy() for name, value in values.items()}
 
@@ -81,7 +68,7 @@ def assert_alike(ours, theirs, tolerance):
     assert tf1_name(variable) == tf1_name(other)
     ours, theirs = variable.numpy(), other.numpy()
     if np.any(theirs):
-      assert difference(ours, theirs) <= tolerance, other.name
+      assert helpers.difference(ours, theirs) <= tolerance, other.name
     else:
       assert not np.any(ours), other.name
 
@@ -97,8 +84,8 @@ def test_gradients_are_those_of_the_whole_batch(mirrored, monkeypatch):
   """Where batch norm takes no notice of the batch."""
   call = resnet_model.Cifar10ResnetV2.__call__
   monkeypatch.setattr(resnet_model.Cifar10ResnetV2, '__call__',
-                      lambda network, inputs, training: call(
-                          network, inputs, training=False))
+                      lambda network, images, training: call(
+                          network, images, training=False))
   expected, expected_values = train(tf.distribute.get_strategy(), 1)
   state, values = train(mirrored, 1)
   # The momentum is the gradient, after the first step.
@@ -111,7 +98,7 @@ def test_gradients_are_those_of_the_whole_batch(mirrored, monkeypatch):
 
 def train_halves(num_steps, seed=1):
   """Trains on one device so that each half of a batch is normalized alone."""
-  state = make_state(seed=seed)
+  state = helpers.make_state(seed=seed)
   network = state.network
   variables = network.trainable_variables
   moving = [v for v in network.variables if not v.trainable]
@@ -121,7 +108,7 @@ def train_halves(num_steps, seed=1):
   def compute(features, labels):
     with tf.GradientTape() as tape:
       loss = cifar10_main.cifar10_model_fn(
-          features, labels, 'train', network)['loss']
+          features, labels, 'train', state)['loss']
     return loss, tape.gradient(loss, variables)
 
   for step, (features, labels) in enumerate(dataset.take(num_steps)):
@@ -168,16 +155,16 @@ def test_checkpoints_go_from_devices_to_devices(
 
   def train_to(step, folder):
     with mirrored.scope():
-      run(data_dir, tmp_path / folder, train_steps=step, batch_size=BATCH,
-          seed=1)
-    return tensors(tmp_path / folder / f'model.ckpt-{step}')
+      helpers.run(data_dir, tmp_path / folder, train_steps=step,
+                  batch_size=BATCH, seed=1)
+    return helpers.tensors(tmp_path / folder / f'model.ckpt-{step}')
 
   whole = train_to(5, 'whole')
   train_to(3, 'parts')
   shutil.copytree(tmp_path / 'parts', tmp_path / 'to_one')
   np.testing.assert_equal(train_to(5, 'parts'), whole)
-  state = make_state()  # on one device
-  expected = tensors(restore(tmp_path / 'to_one', state))
+  state = helpers.make_state()  # on one device
+  expected = helpers.tensors(helpers.restore(tmp_path / 'to_one', state))
   for variable in state.variables:
     np.testing.assert_array_equal(
         variable.numpy(), expected[tf1_name(variable)])
@@ -185,10 +172,10 @@ def test_checkpoints_go_from_devices_to_devices(
 
 def test_checkpoint_of_2017_on_devices(mirrored, tmp_path, capsys):
   model_dir = tmp_path / 'model'
-  place_originals_checkpoint(model_dir)
+  helpers.place_originals_checkpoint(model_dir)
   with mirrored.scope():
-    state = make_state()
-    expected = tensors(restore(model_dir, state))
+    state = helpers.make_state()
+    expected = helpers.tensors(helpers.restore(model_dir, state))
   for variable in state.network.variables + tuple(state.momentum):
     for copy in mirrored.experimental_local_results(variable):
       np.testing.assert_array_equal(copy.numpy(), expected[tf1_name(variable)])
@@ -197,7 +184,8 @@ def test_checkpoint_of_2017_on_devices(mirrored, tmp_path, capsys):
 def test_batch_that_cannot_be_shared(mirrored, tmp_path):
   with mirrored.scope(), pytest.raises(
       cifar10.Cifar10Error, match='--batch_size=25 is no multiple of the 2'):
-    run(None, tmp_path / 'model', batch_size=25, use_synthetic_data=True)
+    helpers.run(
+        None, tmp_path / 'model', batch_size=25, use_synthetic_data=True)
   assert not (tmp_path / 'model').exists()
 
 
@@ -247,7 +235,8 @@ def machines(count, tmp_path, *arguments, steps, second=()):
            f'--batch_size={BATCH}', f'--train_steps={steps}',
            '--steps_per_eval=40', '--save_checkpoints_secs=1', *arguments,
            *(second if i == 1 else ()), f'{tmp_path}/machine{i}.npz'],
-          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+          cwd=helpers.ROOT,
           env={**os.environ, 'TF_CONFIG': json.dumps(config)}))
       stack.callback(processes[-1].communicate)
       stack.callback(processes[-1].kill)
@@ -266,7 +255,8 @@ def communicate(processes, timeout=60):
 
 @pytest.fixture
 def data(tmp_path):
-  write_random_data(tmp_path / 'data', 500, 97)
+  helpers.write_random_data(tmp_path / 'data', 500, 97)
+  return str(tmp_path / 'data')
 
 
 def assert_machines_agree(tmp_path, count, step):
@@ -277,33 +267,16 @@ def assert_machines_agree(tmp_path, count, step):
       np.testing.assert_array_equal(other[name], first[name], name)
 
 
-@pytest.mark.parametrize(('count', 'victim'), each(
-    [[2, 0], [2, 1], [3, 1]], quick=1))
-def test_machine_that_dies(tmp_path, data, count, victim):
-  """The others end. Started again, they go on from the first one's folder."""
-  with machines(count, tmp_path, steps=100000) as processes:
-    read_until(processes[0], 'step = 41')  # the first of a cycle of 40
-    processes[victim].kill()
-    killed_at = time.monotonic()
-    outputs = communicate(processes)
-  print(f'The others ended after {time.monotonic() - killed_at:.1f} s')
-  for i, process in enumerate(processes):
-    if i != victim:
-      assert process.returncode == 1
-      # TensorFlow's own log is not silenced here, and may have a word after it.
-      last = [line for line in outputs[i][1].splitlines()
-              if line.startswith('-c: ')][-1]
-      assert 'Another machine does not answer' in last
-
-  state = make_state()
+def assert_finishes(tmp_path, data_dir, count):
+  """Starts all machines once more; they go on from the first one's folder."""
+  state = helpers.make_state()
   step = restored_step(tmp_path / 'model0', state)
   assert step >= 40
   last_step = step + 60
   with machines(count, tmp_path, steps=last_step) as processes:
     outputs = communicate(processes)
   assert [process.returncode for process in processes] == [0] * count, outputs
-  printed = outputs[0][0].splitlines()
-  results = ast.literal_eval(printed[-1])
+  results = ast.literal_eval(outputs[0][0].splitlines()[-1])
   assert results['global_step'] == last_step
   assert 'Restoring parameters from' in outputs[0][1]
   assert f'Training steps {step + 1} to {last_step}' in outputs[0][1]
@@ -319,63 +292,91 @@ def test_machine_that_dies(tmp_path, data, count, victim):
 
   # One machine finds the same in the checkpoint, with all 97 images.
   assert restored_step(tmp_path / 'model0', state) == last_step
-  inputs = cifar10_main.input_fn('eval', str(tmp_path / 'data'), BATCH)
+  inputs = cifar10_main.input_fn('eval', data_dir, BATCH)
   expected, _ = cifar10_main.evaluate(
-      cifar10_main.make_eval_step(state.network), inputs, 'path', last_step)
+      cifar10_main.make_eval_step(state), inputs, 'path', last_step)
   assert results['accuracy'] == expected['accuracy']
   np.testing.assert_allclose(results['loss'], expected['loss'], rtol=1e-6)
 
 
 def restored_step(model_dir, state):
-  restore(model_dir, state)
+  helpers.restore(model_dir, state)
   return state.global_step.numpy().item()
 
 
-@pytest.mark.parametrize('told', each([1, 0], quick=1))
+@pytest.mark.parametrize('told', [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_machine_that_is_told_to_stop(tmp_path, data, told):
+  """All save the same step and end. Started again, they finish."""
   with machines(2, tmp_path, steps=100000) as processes:
-    read_until(processes[0], 'step = 41')  # the first of a cycle of 40
+    helpers.read_until(processes[0], 'step = 41')  # the first of a cycle of 40
     processes[told].terminate()
     outputs = communicate(processes)
   assert [process.returncode for process in processes] == [143, 143], outputs
   step = int(re.search(r'Stopped after step (\d+)', outputs[0][1])[1])
   assert tf.train.latest_checkpoint(tmp_path / 'model0').endswith(f'-{step}')
   assert_machines_agree(tmp_path, 2, step)
+  assert_finishes(tmp_path, data, 2)
 
 
-@pytest.mark.parametrize(('second', 'named'), each([
-    [('--batch_size=48', '--seed=3'), '--batch_size, --seed'],
-    [('--steps_per_eval=20',), '--steps_per_eval'],
-    [('--eval_only',), '--eval_only'], [('--data_dir={}/other',),
-                                        'training records']], quick=1))
+@pytest.mark.slow
+@pytest.mark.parametrize(('count', 'victim'), [(2, 0), (2, 1), (3, 1)])
+def test_machine_that_dies(tmp_path, data, count, victim):
+  """The others end. Started again, they go on."""
+  with machines(count, tmp_path, steps=100000) as processes:
+    helpers.read_until(processes[0], 'step = 41')
+    processes[victim].kill()
+    outputs = communicate(processes)
+  for i, process in enumerate(processes):
+    if i != victim:
+      assert process.returncode == 1
+      # TensorFlow's own log is not silenced here, and may have a word after it.
+      last = [line for line in outputs[i][1].splitlines()
+              if line.startswith('-c: ')][-1]
+      assert 'Another machine does not answer' in last
+  assert_finishes(tmp_path, data, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('second', 'named'), [
+    (['--batch_size=48', '--seed=3'], '--batch_size, --seed'),
+    (['--steps_per_eval=20'], '--steps_per_eval'),
+    (['--eval_only'], '--eval_only'),
+    (['--data_dir={}/other'], 'training records')])
 def test_machines_that_differ(tmp_path, data, second, named):
   """All end, and name what differs; nothing is written."""
-  write_random_data(tmp_path / 'other', 505, 97)
+  helpers.write_random_data(tmp_path / 'other', 505, 97)
   second = [argument.format(tmp_path) for argument in second]
   with machines(2, tmp_path, steps=100000, second=second) as processes:
     outputs = communicate(processes)
   for process, (_, log) in zip(processes, outputs):
     assert process.returncode == 1
     assert f'-c: The machines differ in {named}: start all with the same' in log
-  assert not list(tmp_path.glob('model*/*'))
+  assert not [path for path in tmp_path.glob('model*/*')
+              if path.name != '.lock']
 
 
-@pytest.mark.parametrize('number', each(
-    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], quick=1))
-@pytest.mark.parametrize('index', [0, 1])
-def test_machine_that_waits_ends_at_once(tmp_path, index, number):
+def with_marks(index, number):
+  """A process that waits for another, and a signal; most are slow."""
+  quick = (index, number) == (0, signal.SIGTERM)
+  return pytest.param(index, number, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(('index', 'number'), [
+    with_marks(index, number) for index in (0, 1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)])
+def test_machine_that_waits_ends_at_once(index, number):
   own, other = [f'127.0.0.1:{port}' for port in free_ports(2)]
-  workers = [own, other] if index == 0 else [other, own]
-  process = start([sys.executable, SCRIPT, '--use_synthetic_data'], env={
-      **os.environ, 'TF_CONFIG': json.dumps({
-          'cluster': {'worker': workers},
-          'task': {'type': 'worker', 'index': index}})})
-  read_until(process, f'{own} waits for {other}')
+  config = {'cluster': {'worker': [own, other] if index == 0 else [other, own]},
+            'task': {'type': 'worker', 'index': index}}
+  process = helpers.start(
+      [sys.executable, helpers.SCRIPT, '--use_synthetic_data'],
+      env={**os.environ, 'TF_CONFIG': json.dumps(config)})
+  helpers.read_until(process, f'{own} waits for {other}')
   started = time.monotonic()
   process.send_signal(number)
-  assert process.wait(timeout=30) == 128 + number
+  assert process.wait(timeout=30) == -number
   assert time.monotonic() - started < 3
-  finish(process)
+  helpers.finish(process)
 
 
 def test_values_that_differ_between_machines(monkeypatch):
@@ -396,24 +397,36 @@ def test_port_that_is_in_use():
   with socket.create_server(('', 0)) as server:
     address = f'127.0.0.1:{server.getsockname()[1]}'
     with pytest.raises(cifar10.Cifar10Error, match=(
-        r'Cannot listen on port \d+ \(Address already in use\)')):
-      cifar10.wait_for_machines([address, '127.0.0.1:1'], address)
+        r'Cannot listen as .* \(Address already in use\)')):
+      cifar10_main.wait_for_machines([address, '127.0.0.1:1'], address)
 
 
 @pytest.mark.parametrize('config', [
-    'no JSON', '{"cluster": 3}', '{"cluster": {"worker": "a:1"}}',
+    'no JSON', '{"cluster": 3}',
     '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}}',
     '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]},'
     ' "task": {"type": "worker", "index": 7}}',
     *(f'{{"cluster": {cluster}, "task": {{"type": "{role}", "index": 0}}}}'
       for cluster, role in (
-        ('{"worker": ["127.0.0.1:1"]}', 'evaluator'),
         ('{"chief": ["127.0.0.1:1"], "ps": ["127.0.0.1:2"]}', 'chief'),
         ('{"worker": ["127.0.0.1:1", "127.0.0.1:1"]}', 'worker'),
         ('{"worker": ["127.0.0.1:1", "127.0.0.1"]}', 'worker'),
+        ('{"worker": ["127.0.0.1:1", "127.0.0.1:99999"]}', 'worker'),
         ('{"worker": ["127.0.0.1:1", "127.0.0.1:x"]}', 'worker')))])
 def test_cluster_that_is_none(monkeypatch, config):
   monkeypatch.setenv('TF_CONFIG', config)
   with pytest.raises(cifar10.Cifar10Error,
                      match='TF_CONFIG names no cluster of workers'):
     cifar10_main.make_strategy(num_gpus=0)
+
+
+@pytest.mark.parametrize('config', [
+    '', ' ', '{}', '{"cluster": {"worker": ["127.0.0.1:1"]}}', *(
+        f'{{"cluster": {{"{role}": ["127.0.0.1:1"]}}, '
+        f'"task": {{"type": "{role}", "index": 0}}}}'
+        for role in ('chief', 'worker', 'master', 'evaluator'))])
+def test_one_machine_trains_alone(monkeypatch, config):
+  monkeypatch.setenv('TF_CONFIG', config)
+  strategy = cifar10_main.make_strategy(num_gpus=0)
+  assert strategy.num_replicas_in_sync == 1
+  assert cifar10_main.is_chief()

@@ -61,7 +61,8 @@ def test_data(data):
 
 NAMES = ('data_dir', 'model_dir', 'export_dir', 'resnet_size', 'train_steps',
          'steps_per_eval', 'batch_size', 'save_checkpoints_secs', 'data_format',
-         'dtype', 'xla', 'num_gpus', 'seed', 'use_synthetic_data', 'eval_only')
+         'dtype', 'xla', 'num_gpus', 'seed', 'use_synthetic_data', 'eval_only',
+         'predict')
 # As a system passes them: any bytes but 0, also such as are no UTF-8.
 arguments = st.binary(max_size=20).map(
     lambda data: os.fsdecode(data.replace(b'\0', b'')))
@@ -76,9 +77,10 @@ def test_flags(script_flags, arguments):
   """What comes through to the training is of the right kind and size."""
   with flagsaver.flagsaver(), mock.patch.multiple(
       cifar10_main, train_and_evaluate=mock.DEFAULT,
-      evaluate_only=mock.DEFAULT, export=mock.DEFAULT), mock.patch.multiple(
-          cifar10, receive_signals=mock.DEFAULT, catch_signals=mock.DEFAULT
-      ), mock.patch.object(tf.config.experimental, 'enable_op_determinism'):
+      evaluate_only=mock.DEFAULT, predict=mock.DEFAULT, export=mock.DEFAULT,
+      open_model=mock.MagicMock(), folder_beside=mock.MagicMock(),
+      show_log=mock.DEFAULT), mock.patch.object(
+          tf.config.experimental, 'enable_op_determinism'):
     try:
       rest = flags.FLAGS(['script', *arguments])
       assert cifar10_main.main(rest) == 0
@@ -99,7 +101,7 @@ def test_flags(script_flags, arguments):
       assert values.train_steps > 0
       assert values.steps_per_eval > 0
       assert 0 < values.batch_size <= 50000
-      assert values.save_checkpoints_secs > 0
+      assert values.save_checkpoints_secs >= 0
       assert values.data_format in (None, 'channels_first', 'channels_last')
       assert values.dtype in cifar10_main.DTYPES
       assert values.xla in ('auto', 'on', 'off')

@@ -209,7 +209,8 @@ def test_folder_is_one_of_the_originals_saver(tmp_path):
   path = helpers.save(tmp_path, state, 3, 4, 5, 6).newest
   ours = helpers.tensors(path)
   originals = helpers.tensors(helpers.GOLDEN + '.ckpt')
-  assert ours.keys() - originals.keys() == {'seed', 'train_accuracy'}
+  assert ours.keys() - originals.keys() == {
+      'seed', 'train_accuracy', 'conditions'}
   for name, value in originals.items():
     assert (ours[name].dtype, ours[name].shape) == (value.dtype, value.shape)
 

@@ -281,7 +281,7 @@ def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
 
   before = helpers.contents(model_dir)
   assert run_to(8, 4) == ([], [], evaluated[-1:])
-  assert any('All 8 steps are trained already' in line for line in log)
+  assert any('Step 8 is trained already' in line for line in log)
   checkpoints = {path: data for path, data in before.items()
                  if 'ckpt' in path.name}
   assert checkpoints.items() <= helpers.contents(model_dir).items()

@@ -23,11 +23,11 @@ def test_status_of_training(undisturbed):
   assert len(undisturbed.printed) == 2
   shown = '\n'.join(undisturbed.screen.status)
   number, time_left = r'[\d,]+', r'\d:\d\d:\d\d'
-  left = rf'left: {time_left} of the cycle, {time_left} in all'
+  left = rf'evaluation in {time_left}, end in {time_left}'
   for expected in ('Loading TensorFlow', 'Building the training step',
                    'Step 1 of 150',
                    rf'Step \d+ of 150, {number} images/s, {left}',
-                   'Step 100 of 150, .* 0:00:00 of the cycle, 0:00:0. in all',
+                   'Step 100 of 150, .* evaluation in 0:00:00, end in 0:00:0.',
                    'Evaluating batch 1 of 63', 'Evaluating batch 63 of 63'):
     assert re.search(f'^{expected}$', shown, re.MULTILINE), expected
 
