@@ -60,7 +60,7 @@ def test_interrupted_and_killed_run(tmp_path, undisturbed):
   model_dir = tmp_path / 'model'
   status, screen = helpers.run_on_terminal(
       helpers.train_command(model_dir, '--save_checkpoints_secs=600'),
-      at=b'of the cycle', then=lambda process: process.send_signal(2))
+      at=b'evaluation in', then=lambda process: process.send_signal(2))
   assert status == 130
   *rows, last = screen.rows
   assert not last
