@@ -495,7 +495,7 @@ import logging, runpy, sys
 logging.getLogger('another').info('not shown')
 cifar10_main.logging.info('not shown')
 cifar10_main.logging.warning('shown')
-print(results, confusion_matrix.shape, len(losses), cifar10_main.make_state(
+print(results, confusion_matrix.shape, cifar10_main.make_state(
     cifar10_main.Settings(resnet_size=14)).network, 'keras' in sys.modules)
 for steps in (1, 2):
   sys.argv = ['cifar10_main.py', '--use_synthetic_data', '--resnet_size=8',
@@ -533,7 +533,7 @@ def test_readme_on_notebooks(tmp_path):
       result.stdout.splitlines())
   assert trained == evaluated
   assert [line.split()[0] for line in classes] == [*cifar10.CLASSES]
-  assert last == (f'{trained} (10, 10) 1 ResNet-14, 175,322 parameters, '
+  assert last == (f'{trained} (10, 10) ResNet-14, 175,322 parameters, '
                   'channels_last, float32 False')
   assert "'global_step': 1}" in first
   assert "'global_step': 2}" in second
