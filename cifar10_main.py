@@ -870,6 +870,12 @@ def evaluate(eval_step: Callable, dataset: tf.data.Dataset, path: str | None,
   return results, matrix
 
 
+def accuracies(matrix: np.ndarray) -> dict[str, float]:
+  """Returns the accuracy of each class, given its confusion matrix."""
+  shares = matrix.diagonal() / np.maximum(matrix.sum(axis=1), 1)
+  return dict(zip(cifar10.CLASSES, shares.tolist()))
+
+
 def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
                      matrix: np.ndarray) -> None:
   """Writes what TensorBoard shows of an evaluation, as evaluate returns it."""
@@ -881,12 +887,6 @@ def write_evaluation(writer: tf.summary.SummaryWriter, results: dict,
     tf.summary.text('confusion_matrix', markdown_table(
         [r'label \ predicted', *cifar10.CLASSES],
         *([name, *row] for name, row in zip(cifar10.CLASSES, matrix))))
-
-
-def accuracies(matrix: np.ndarray) -> dict[str, float]:
-  """Returns the accuracy of each class, given its confusion matrix."""
-  shares = matrix.diagonal() / np.maximum(matrix.sum(axis=1), 1)
-  return dict(zip(cifar10.CLASSES, shares.tolist()))
 
 
 @contextlib.contextmanager
@@ -1186,26 +1186,39 @@ def predict(settings: Settings, paths: Iterable[str]) -> bool:
   return all_read
 
 
-def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
-  """Returns what shares training among GPUs or the machines of TF_CONFIG."""
-  gpus = tf.config.list_physical_devices('GPU')
-  if num_gpus is not None and num_gpus > len(gpus):
-    raise Cifar10Error(f'--num_gpus={num_gpus} is more than the {len(gpus)} '
-                       'that TensorFlow finds here: lower it, or leave it out')
-  if (not gpus and num_gpus != 0 and shutil.which('nvidia-smi')
-      and tf.test.is_built_with_cuda()
-      and os.environ.get('CUDA_VISIBLE_DEVICES', '0') not in ('', '-1')):
-    log.warning('TensorFlow finds no GPU. If there is one, its libraries are '
-                'missing: pip install "tensorflow[and-cuda]" brings them')
-  if num_gpus != -1:
-    gpus = gpus[:1 if num_gpus is None else num_gpus]
-  tf.config.set_visible_devices(gpus, 'GPU')
-  machines = join_machines()
-  if machines:
-    return machines
-  if len(gpus) > 1:
-    return tf.distribute.MirroredStrategy()
-  return tf.distribute.get_strategy()
+def answers(host: tuple[str, int]) -> bool:
+  """Returns whether a machine, given its name and port, has been started."""
+  try:
+    socket.create_connection(host, timeout=5).close()
+  except OSError:
+    return False
+  return True
+
+
+def wait_for_machines(addresses: list[str], own: str) -> None:
+  """Waits until all machines of a cluster, host:port, have been started.
+
+  TensorFlow would wait too, but without a word and deaf to signals.
+
+  Raises:
+    Cifar10Error: The own port is in use.
+    ValueError: An address has no port, or one that cannot be.
+  """
+  parts = [address.rpartition(':') for address in addresses]
+  hosts = [(host.strip('[]'), int(port)) for host, _, port in parts]
+  if max(port for _, port in hosts) > 65535:
+    raise ValueError('a port is above 65535')
+  try:
+    server = socket.create_server(('', hosts[addresses.index(own)][1]))
+  except OSError as error:
+    raise Cifar10Error(
+        f'Cannot listen as {own} ({os.strerror(error.errno)}): end what uses '
+        'the port, or name another in TF_CONFIG') from None
+  log.info('%s waits for %s', own, ', '.join({*addresses} - {own}))
+  with server:
+    for host in hosts:
+      while not answers(host):
+        time.sleep(0.5)
 
 
 def join_machines() -> tf.distribute.Strategy | None:
@@ -1235,39 +1248,26 @@ def join_machines() -> tf.distribute.Strategy | None:
   return strategy
 
 
-def wait_for_machines(addresses: list[str], own: str) -> None:
-  """Waits until all machines of a cluster, host:port, have been started.
-
-  TensorFlow would wait too, but without a word and deaf to signals.
-
-  Raises:
-    Cifar10Error: The own port is in use.
-    ValueError: An address has no port, or one that cannot be.
-  """
-  parts = [address.rpartition(':') for address in addresses]
-  hosts = [(host.strip('[]'), int(port)) for host, _, port in parts]
-  if max(port for _, port in hosts) > 65535:
-    raise ValueError('a port is above 65535')
-  try:
-    server = socket.create_server(('', hosts[addresses.index(own)][1]))
-  except OSError as error:
-    raise Cifar10Error(
-        f'Cannot listen as {own} ({os.strerror(error.errno)}): end what uses '
-        'the port, or name another in TF_CONFIG') from None
-  log.info('%s waits for %s', own, ', '.join({*addresses} - {own}))
-  with server:
-    for host in hosts:
-      while not answers(host):
-        time.sleep(0.5)
-
-
-def answers(host: tuple[str, int]) -> bool:
-  """Returns whether a machine, given its name and port, has been started."""
-  try:
-    socket.create_connection(host, timeout=5).close()
-  except OSError:
-    return False
-  return True
+def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
+  """Returns what shares training among GPUs or the machines of TF_CONFIG."""
+  gpus = tf.config.list_physical_devices('GPU')
+  if num_gpus is not None and num_gpus > len(gpus):
+    raise Cifar10Error(f'--num_gpus={num_gpus} is more than the {len(gpus)} '
+                       'that TensorFlow finds here: lower it, or leave it out')
+  if (not gpus and num_gpus != 0 and shutil.which('nvidia-smi')
+      and tf.test.is_built_with_cuda()
+      and os.environ.get('CUDA_VISIBLE_DEVICES', '0') not in ('', '-1')):
+    log.warning('TensorFlow finds no GPU. If there is one, its libraries are '
+                'missing: pip install "tensorflow[and-cuda]" brings them')
+  if num_gpus != -1:
+    gpus = gpus[:1 if num_gpus is None else num_gpus]
+  tf.config.set_visible_devices(gpus, 'GPU')
+  machines = join_machines()
+  if machines:
+    return machines
+  if len(gpus) > 1:
+    return tf.distribute.MirroredStrategy()
+  return tf.distribute.get_strategy()
 
 
 def run(settings: Settings, values: flags.FlagValues,
