@@ -1,9 +1,5 @@
 """The tests; `python -m pytest` runs them."""
 
-import os
-
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')  # as the script does
-
 import tensorflow as tf
 
 # Recent GPUs otherwise round the numbers in float32 convolutions to TF32.
