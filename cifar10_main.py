@@ -178,7 +178,6 @@ from resnet_model import Cifar10ResnetV2, tf1_name
 
 HEIGHT, WIDTH, DEPTH = resnet_model.IMAGE_SHAPE
 NUM_CLASSES = len(cifar10.CLASSES)
-NUM_DATA_BATCHES = len(cifar10.TRAIN_FILES)
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10.RECORDS_PER_FILE
 
 PADDING = 4  # black pixels on each side, before a random crop to 32x32 [1]
@@ -1032,7 +1031,8 @@ def run_cycles(
 def describe_run(state: TrainState) -> dict:
   """Logs what the run uses and will do; returns that and the flags by name."""
   settings = state.settings
-  device = f'CPU ({platform.machine()}, {conditions(settings)[1]} cores)'
+  before, now = state.conditions.numpy().tolist(), conditions(settings)
+  device = f'CPU ({platform.machine()}, {now[1]} cores)'
   for gpu in tf.config.get_visible_devices('GPU')[:1]:
     details = tf.config.experimental.get_device_details(gpu)
     device = details.get('device_name', 'GPU')
@@ -1053,7 +1053,6 @@ def describe_run(state: TrainState) -> dict:
     log.info('Training steps %d to %d, batch size %d. The learning rate drops '
              'after steps %s', step + 1, settings.train_steps,
              settings.batch_size, f'{", ".join(map(str, drops))} and {last}')
-  before, now = state.conditions.numpy().tolist(), conditions(settings)
   if before != now:
     log.warning('Trained until now on %s images with %d cores, from here on '
                 'on %s images with %d: the numbers will differ',
