@@ -309,25 +309,25 @@ def filenames(mode: str, data_dir: str) -> list[str]:
 
 
 def record_dataset(
-    num_records: int, mode: str, batch_size: int, seed: int = 0, step: int = 0,
-    steps_per_eval: int = 4000,
-    context: tf.distribute.InputContext | None = None) -> tf.data.Dataset:
+    num_records: int, mode: str, settings: Settings, seed: int = 0,
+    step: int = 0, context: tf.distribute.InputContext | None = None
+    ) -> tf.data.Dataset:
   """Draws the records of each batch and, for training, how they are augmented.
 
   It shuffles and shares out numbers; images move only when they are gathered.
 
   Args:
     mode: 'train': shuffled, without end; else in order, the last batch short.
-    batch_size: Records per batch.
+    settings: Its batch_size and, as each cycle shuffles anew, steps_per_eval.
     seed: With the step, determines a batch wherever training began.
     step: Number of batches to skip: those trained already.
-    steps_per_eval: Batches per cycle; as in the original, each shuffles anew.
     context: Which share of the batches this machine takes; by default all.
 
   Returns:
     Dataset of record numbers, int64 [N], and, for training, views, int32 [N].
   """
   numbers = tf.data.Dataset.range(num_records)
+  batch_size, steps_per_eval = settings.batch_size, settings.steps_per_eval
   if mode != 'train':
     return numbers.batch(batch_size)
 
@@ -384,17 +384,14 @@ def train_preprocess_fn(images: tf.Tensor, views: tf.Tensor) -> tf.Tensor:
   return tf.gather(images, columns, axis=2, batch_dims=1)
 
 
-def input_fn(mode: str, data_dir: str | None, batch_size: int,
-             use_synthetic_data: bool = False, **order) -> tf.data.Dataset:
+def input_fn(mode: str, settings: Settings, *order) -> tf.data.Dataset:
   """Reads and checks all records of a mode, and returns them as batches.
 
   Args:
     mode: 'train': augmented images, shuffled, without end; 'eval' or 'infer':
       the test images, in order.
-    data_dir: Folder that contains cifar-10-batches-bin/, or that folder.
-    batch_size: Images per batch.
-    use_synthetic_data: Whether to generate the records instead.
-    **order: For training: see record_dataset, from `seed` on.
+    settings: Where the records are, and how many images are in a batch.
+    *order: For training: seed, step and context of record_dataset.
 
   Returns:
     Dataset of standardized images, float32 [N, 32, 32, 3], and one-hot labels,
@@ -404,10 +401,10 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
     Cifar10Error: A file is missing or damaged.
   """
   check_mode(mode)
-  if use_synthetic_data:
+  if settings.use_synthetic_data:
     parts, source = [cifar10.synthetic_records(mode)], 'memory'
   else:
-    files = filenames(mode, data_dir)
+    files = filenames(mode, settings.data_dir)
     parts = [cifar10.read_records(file) for file in files]
     source = os.path.dirname(files[0])
   with tf.device('CPU'):
@@ -423,7 +420,7 @@ def input_fn(mode: str, data_dir: str | None, batch_size: int,
       images = train_preprocess_fn(images, views)
     return tf.image.per_image_standardization(images), labels
 
-  dataset = record_dataset(len(records), mode, batch_size, **order)
+  dataset = record_dataset(len(records), mode, settings, *order)
   options = tf.data.Options()
   # Rewriting the pipeline would copy the records and gain nothing. Tuning it
   # would gain nothing either, and delay the end of a cycle by a second or more.
@@ -441,15 +438,16 @@ def prefetch_to_gpu(dataset: tf.data.Dataset) -> tf.data.Dataset:
   return dataset
 
 
-def distributed_input(batch_size: int, make_dataset: Callable) -> Iterable:
-  """Returns a dataset of which each replica gets an equal share."""
+def distributed_input(settings: Settings, seed: int, step: int) -> Iterable:
+  """Returns the input to train on, of which each replica gets its share."""
   strategy = tf.distribute.get_strategy()
   replicas = strategy.num_replicas_in_sync
-  if batch_size % replicas:
-    raise Cifar10Error(f'--batch_size={batch_size} is no multiple of the '
-                       f'{replicas} replicas that share it: make it one')
-  dataset = strategy.distribute_datasets_from_function(
-      lambda context: make_dataset(context=context))
+  if settings.batch_size % replicas:
+    raise Cifar10Error(
+        f'--batch_size={settings.batch_size} is no multiple of the {replicas} '
+        'replicas that share it: make it one')
+  dataset = strategy.distribute_datasets_from_function(functools.partial(
+      input_fn, 'train', settings, seed, step))
   # Only the default strategy does not copy batches to its device by itself.
   return prefetch_to_gpu(dataset) if replicas == 1 else dataset
 
@@ -1034,8 +1032,8 @@ def describe_run(state: TrainState) -> dict:
   before, now = state.conditions.numpy().tolist(), conditions(settings)
   device = f'CPU ({platform.machine()}, {now[1]} cores)'
   for gpu in tf.config.get_visible_devices('GPU')[:1]:
-    details = tf.config.experimental.get_device_details(gpu)
-    device = details.get('device_name', 'GPU')
+    device = tf.config.experimental.get_device_details(gpu).get(
+        'device_name', 'GPU')
   replicas = tf.distribute.get_strategy().num_replicas_in_sync
   if replicas > 1:
     device = f'{replicas} replicas: {device}'
@@ -1082,8 +1080,7 @@ def train_and_evaluate(
   Raises:
     Cifar10Error: Data, checkpoint, loss or folder are not as they should be.
   """
-  eval_data = input_fn('eval', settings.data_dir, settings.batch_size,
-                       settings.use_synthetic_data)
+  eval_data = input_fn('eval', settings)
   stop_button = StopRequest('SIGINT')
   with (cifar10.sole_use(settings.model_dir, '--model_dir') if is_chief()
         else contextlib.nullcontext()):
@@ -1095,10 +1092,7 @@ def train_and_evaluate(
       raise Cifar10Error(
           f'{settings.model_dir} was trained with --seed={seed}, not '
           f'{settings.seed}: leave it out, or name another --model_dir')
-    train_data = distributed_input(settings.batch_size, functools.partial(
-        input_fn, 'train', settings.data_dir, settings.batch_size,
-        settings.use_synthetic_data, seed=seed, step=step,
-        steps_per_eval=settings.steps_per_eval))
+    train_data = distributed_input(settings, seed, step)
     facts = describe_run(state)
     writer = make_writer(settings.model_dir, step + 1)
     eval_writer = make_writer(os.path.join(settings.model_dir, 'eval'), step)
@@ -1132,8 +1126,7 @@ def evaluate_only(
   Given a folder, exports what it has evaluated. Returns results and confusion
   matrix: see evaluate.
   """
-  dataset = input_fn('eval', settings.data_dir, settings.batch_size,
-                     settings.use_synthetic_data)
+  dataset = input_fn('eval', settings)
   state, checkpoints = open_trained(settings)
   results, matrix = evaluate(make_eval_step(state), dataset, checkpoints.newest,
                              state.global_step.numpy().item())
@@ -1185,15 +1178,6 @@ def predict(settings: Settings, paths: Iterable[str]) -> bool:
   return all_read
 
 
-def answers(host: tuple[str, int]) -> bool:
-  """Returns whether a machine, given its name and port, has been started."""
-  try:
-    socket.create_connection(host, timeout=5).close()
-  except OSError:
-    return False
-  return True
-
-
 def wait_for_machines(addresses: list[str], own: str) -> None:
   """Waits until all machines of a cluster, host:port, have been started.
 
@@ -1215,8 +1199,11 @@ def wait_for_machines(addresses: list[str], own: str) -> None:
         'the port, or name another in TF_CONFIG') from None
   log.info('%s waits for %s', own, ', '.join({*addresses} - {own}))
   with server:
-    for host in hosts:
-      while not answers(host):
+    while hosts:
+      try:
+        socket.create_connection(hosts[0], timeout=5).close()
+        del hosts[0]
+      except OSError:
         time.sleep(0.5)
 
 

@@ -10,7 +10,6 @@ Variables have the names that the graph of the 2017 script gave them, so that
 checkpoints can be exchanged with it. The numbers in the names count the layers
 in the order of their creation: if that order changed, an old checkpoint would
 be restored into the wrong layers.
-
 """
 
 import collections

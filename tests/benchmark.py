@@ -141,8 +141,8 @@ class Benchmark:
     self._folder = folder
     write_records(folder)
     self._train_data = cifar10_main.prefetch_to_gpu(
-        cifar10_main.input_fn('train', folder, self._batch))
-    self._eval_data = cifar10_main.input_fn('eval', folder, self._batch)
+        cifar10_main.input_fn('train', self._settings()))
+    self._eval_data = cifar10_main.input_fn('eval', self._settings())
     self._state = state = cifar10_main.make_state(self._settings())
     self.setting = (
         f'ResNet-{self._size}, batch {self._batch}, {self._dtype}, XLA '
@@ -175,8 +175,9 @@ class Benchmark:
 
   def _settings(self, **changes) -> cifar10_main.Settings:
     return cifar10_main.Settings(
-        resnet_size=self._size, batch_size=self._batch, dtype=self._dtype,
-        xla=self._xla_flag, **changes)
+        **{'data_dir': self._folder, 'resnet_size': self._size,
+           'batch_size': self._batch, 'dtype': self._dtype,
+           'xla': self._xla_flag, **changes})
 
   def measures(self) -> list[Callable[[], dict[str, float]]]:
     """Returns the functions that measure one or more rows each."""

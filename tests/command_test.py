@@ -304,7 +304,7 @@ def test_export(undisturbed, log):
       np.array(cifar10.CLASSES)[classes])
   state = helpers.make_state()
   helpers.restore(undisturbed.model_dir, state)
-  dataset = cifar10_main.input_fn('eval', None, 1000, use_synthetic_data=True)
+  dataset = helpers.input_fn('eval', batch_size=1000)
   features, _ = dataset.get_single_element()
   expected = cifar10_main.cifar10_model_fn(features, None, 'infer', state)
   np.testing.assert_allclose(

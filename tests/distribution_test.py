@@ -3,7 +3,6 @@
 import ast
 from concurrent import futures
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -36,13 +35,11 @@ def mirrored():
 
 def test_inputs_share_each_batch(mirrored):
   """Augmented images of the replicas, side by side, are those of one."""
-  kwargs = {'use_synthetic_data': True, 'seed': 3, 'step': 5}
-  expected = cifar10_main.input_fn('train', None, BATCH, **kwargs)
+  expected = helpers.input_fn('train', None, 3, 5, batch_size=BATCH)
   for machines, replicas in ((1, 2), (2, 1), (3, 1), (2, 2)):
     inputs = [
-        iter(cifar10_main.input_fn(
-            'train', None, BATCH, **kwargs, context=tf.distribute.InputContext(
-                machines, machine, machines * replicas)))
+        iter(helpers.input_fn('train', None, 3, 5, tf.distribute.InputContext(
+            machines, machine, machines * replicas), batch_size=BATCH))
         for machine in range(machines)]
     for whole in itertools.islice(expected, 5):
       parts = [next(machine) for _ in range(replicas) for machine in inputs]
@@ -55,8 +52,8 @@ def train(strategy, num_steps, xla=False, seed=1):
   with strategy.scope():
     state = helpers.make_state(
         seed=seed, batch_size=BATCH, xla='on' if xla else 'off')
-    inputs = cifar10_main.distributed_input(BATCH, functools.partial(
-        cifar10_main.input_fn, 'train', None, BATCH, True, seed=seed))
+    inputs = cifar10_main.distributed_input(helpers.small_settings(
+        batch_size=BATCH, use_synthetic_data=True), seed, 0)
     inner_loop = cifar10_main.make_inner_loop(state)
     values = inner_loop(iter(inputs), tf.constant(num_steps))
   return state, {name: value.numpy() for name, value in values.items()}
@@ -102,7 +99,7 @@ def train_halves(num_steps, seed=1):
   network = state.network
   variables = network.trainable_variables
   moving = [v for v in network.variables if not v.trainable]
-  dataset = cifar10_main.input_fn('train', None, BATCH, True, seed=seed)
+  dataset = helpers.input_fn('train', None, seed, batch_size=BATCH)
 
   @tf.function
   def compute(features, labels):
@@ -292,7 +289,7 @@ def assert_finishes(tmp_path, data_dir, count):
 
   # One machine finds the same in the checkpoint, with all 97 images.
   assert restored_step(tmp_path / 'model0', state) == last_step
-  inputs = cifar10_main.input_fn('eval', data_dir, BATCH)
+  inputs = helpers.input_fn('eval', data_dir, batch_size=BATCH)
   expected, _ = cifar10_main.evaluate(
       cifar10_main.make_eval_step(state), inputs, 'path', last_step)
   assert results['accuracy'] == expected['accuracy']

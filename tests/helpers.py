@@ -65,6 +65,12 @@ def small_settings(data_dir=None, model_dir='unused', **changes):
       'batch_size': 10, **changes})
 
 
+def input_fn(mode, data_dir=None, *order, **changes):
+  """Returns the input; of generated records if there is no folder."""
+  return cifar10_main.input_fn(mode, small_settings(
+      data_dir, use_synthetic_data=data_dir is None, **changes), *order)
+
+
 def make_state(**changes):
   return cifar10_main.make_state(small_settings(**{'seed': 0, **changes}))
 

@@ -35,7 +35,7 @@ def test_augmented_images_are_views_of_their_sources(data_dir):
   views = np.array(views, np.float32)  # [50, 162, 32, 32, 3]
 
   seen = set()
-  dataset = cifar10_main.input_fn('train', str(data_dir), 16)
+  dataset = helpers.input_fn('train', data_dir, batch_size=16)
   assert dataset.element_spec[0].shape == [16, 32, 32, 3]
   for features, labels in dataset.take(5):
     for feature, label in zip(features.numpy(), labels.numpy()):
@@ -51,7 +51,7 @@ def test_standardization_of_a_uniform_image(tmp_path):
   records = np.full([5, cifar10.RECORD_BYTES], 7, np.uint8)
   records[:, 1] = 8  # one value in 3,072 differs: the deviation is 0.018
   helpers.write_data(tmp_path, records, records)
-  features, _ = next(iter(cifar10_main.input_fn('eval', str(tmp_path), 5)))
+  features, _ = next(iter(helpers.input_fn('eval', tmp_path)))
   expected = standardize(records[0, 1:].reshape(3, 32, 32).transpose(1, 2, 0))
   np.testing.assert_allclose(features[0], expected, atol=1e-4)
   assert features.numpy().max() > 50
@@ -70,7 +70,8 @@ def test_all_views():
 
 
 def test_views_are_uniform_and_independent():
-  dataset = cifar10_main.record_dataset(1000, 'train', 20000, seed=3)
+  dataset = cifar10_main.record_dataset(
+      1000, 'train', helpers.small_settings(batch_size=20000), seed=3)
   _, views = next(iter(dataset))
   counts = np.bincount(views, minlength=cifar10_main.NUM_VIEWS)
   expected = 20000 / 162
@@ -86,7 +87,7 @@ def test_views_are_uniform_and_independent():
 def test_evaluation_sees_each_image_once_in_order(tmp_path):
   records = helpers.numbered_records(10000)
   helpers.write_data(tmp_path, records[:5], records)
-  dataset = cifar10_main.input_fn('eval', str(tmp_path), 128)
+  dataset = helpers.input_fn('eval', tmp_path, batch_size=128)
   sizes, labels = [], []
   seen = []
   for features, one_hot in dataset:
@@ -113,7 +114,8 @@ def record_numbers(dataset, count):
 
 def test_training_order():
   draw = functools.partial(
-      cifar10_main.record_dataset, 200, 'train', 40, steps_per_eval=100)
+      cifar10_main.record_dataset, 200, 'train',
+      helpers.small_settings(batch_size=40, steps_per_eval=100))
   first, second, third = np.split(record_numbers(draw(seed=1), 300), 3)
   # Each cycle goes on beyond the 200, and draws its own.
   assert len({*np.ravel(first[:10])}) > 150
@@ -138,7 +140,7 @@ def deterministic():
 
 
 def test_seed_leaves_batches_prepared_ahead(deterministic):
-  batches = iter(cifar10_main.input_fn('train', None, 1000, True))
+  batches = iter(helpers.input_fn('train', batch_size=1000))
 
   def seconds_for_five():
     started = time.perf_counter()
@@ -154,7 +156,8 @@ def test_seed_leaves_batches_prepared_ahead(deterministic):
 
 def test_shuffle_buffer_is_the_originals(monkeypatch):
   monkeypatch.setattr(cifar10_main, 'SHUFFLE_RECORDS', 10)
-  dataset = cifar10_main.record_dataset(1000, 'train', 5, steps_per_eval=100)
+  dataset = cifar10_main.record_dataset(1000, 'train', helpers.small_settings(
+      batch_size=5, steps_per_eval=100))
   # A buffer of 10 + 3 * 5: the n-th draw is one of the first n + 25 records.
   ahead = np.ravel(record_numbers(dataset, 100)) - np.arange(500)
   assert ahead.max() == 24
@@ -165,8 +168,8 @@ def test_augmentation_is_drawn_by_seed_and_step(data_dir):
   """Also where the batches hold the same images."""
 
   def batches(seed, step=0):
-    dataset = cifar10_main.input_fn(
-        'train', str(data_dir), 50, seed=seed, step=step, steps_per_eval=2)
+    dataset = helpers.input_fn('train', data_dir, seed, step, batch_size=50,
+                               steps_per_eval=2)
     return [np.sort(features.numpy(), axis=0)
             for features, _ in dataset.take(4 - step)]
 
@@ -200,10 +203,10 @@ def test_synthetic_records_repeat_and_can_be_told_apart():
   assert (distances.argmin(1) == test[:, 0]).mean() > 0.99
 
 
-@pytest.mark.parametrize('use_synthetic_data', [False, True])
-def test_unknown_mode(data_dir, use_synthetic_data):
+@pytest.mark.parametrize('is_real', [False, True])
+def test_unknown_mode(data_dir, is_real):
   with pytest.raises(ValueError, match=r"must be .* not 'training'"):
-    cifar10_main.input_fn('training', str(data_dir), 5, use_synthetic_data)
+    helpers.input_fn('training', data_dir if is_real else None)
   with pytest.raises(ValueError, match=r"must be .* not 'training'"):
     cifar10_main.filenames('training', str(data_dir))
   with pytest.raises(ValueError, match=r"must be .* not 'test'"):
@@ -215,7 +218,7 @@ def test_data_that_change_while_training(tmp_path):
   folder = tmp_path / cifar10.FOLDER_NAME
   records = helpers.numbered_records(300)
   helpers.write_data(tmp_path, records[:250], records[250:])
-  inputs = [cifar10_main.input_fn('train', str(tmp_path), 16)
+  inputs = [helpers.input_fn('train', tmp_path, batch_size=16)
             for _ in range(2)]
   expected = [images.numpy() for images, _ in inputs[0].take(30)]
   changed = iter(inputs[1])
@@ -227,4 +230,4 @@ def test_data_that_change_while_training(tmp_path):
   ours += [next(changed)[0].numpy() for _ in range(29)]
   np.testing.assert_array_equal(ours, expected)
   with pytest.raises(cifar10.Cifar10Error, match=f'{cut} is damaged'):
-    cifar10_main.input_fn('train', str(tmp_path), 16)
+    helpers.input_fn('train', tmp_path, batch_size=16)

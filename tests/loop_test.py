@@ -211,7 +211,7 @@ def test_each_step_is_traced_once(data_dir, tmp_path, monkeypatch, log, xla):
 @pytest.mark.parametrize('xla', ['off', 'on'])
 def test_xla_compiles_the_step(data_dir, xla):
   inner_loop = cifar10_main.make_inner_loop(helpers.make_state(xla=xla))
-  iterator = iter(cifar10_main.input_fn('train', str(data_dir), 10))
+  iterator = iter(helpers.input_fn('train', data_dir))
   function = inner_loop.get_concrete_function(iterator, tf.constant(1))
   library = function.graph.as_graph_def().library.function
   assert any(f.attr['_XlaMustCompile'].b for f in library) == (xla == 'on')
@@ -225,7 +225,7 @@ def evaluate(state, dataset):
 def test_evaluation_averages(data_dir, capsys):
   """Accuracy is over images, loss over batches, the short one included."""
   state = helpers.make_state()
-  dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
+  dataset = helpers.input_fn('eval', data_dir)
   results, matrix = evaluate(state, dataset)
   losses, correct, expected = [], 0, np.zeros([10, 10])
   for features, labels in dataset:
@@ -248,13 +248,13 @@ def test_evaluation_averages(data_dir, capsys):
 def test_batches_are_copied_to_a_gpu(data_dir, monkeypatch, capsys):
   """A second CPU stands in for the GPU."""
   state = helpers.make_state(data_format='channels_last')
-  dataset = cifar10_main.input_fn('eval', str(data_dir), 10)
+  dataset = helpers.input_fn('eval', data_dir)
   expected, _ = evaluate(state, dataset)
   device = tf.config.list_logical_devices('CPU')[1]
   monkeypatch.setattr(tf.config, 'list_logical_devices', lambda kind: [device])
   assert evaluate(state, dataset)[0] == expected
-  train_data = cifar10_main.distributed_input(10, functools.partial(
-      cifar10_main.input_fn, 'train', str(data_dir), 10))
+  train_data = cifar10_main.distributed_input(
+      helpers.small_settings(data_dir), 0, 0)
   for features, _ in itertools.islice(train_data, 2):
     assert features.backing_device.endswith('CPU:1')
 
