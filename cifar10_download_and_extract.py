@@ -19,6 +19,8 @@ import errno
 import gzip
 import hashlib
 import http.client
+import multiprocessing
+from multiprocessing import pool
 import os
 import re
 import shutil
@@ -362,7 +364,10 @@ def receive(data_url: str, file: BinaryIO) -> str:
   try:
     request = urllib.request.Request(
         data_url, headers={'Range': f'bytes={size}-'} if size else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+    # In a thread: a server can send header lines slowly and without end.
+    opened = pool.ThreadPool(1).apply_async(
+        urllib.request.urlopen, (request, None, TIMEOUT_SECONDS))
+    with opened.get(2 * TIMEOUT_SECONDS) as response:
       # urllib would follow a redirect to ftp.
       if not response.url.startswith(('https://', 'http://', 'file://')):
         return f'{response.url} is no https, http or file address'
@@ -379,6 +384,8 @@ def receive(data_url: str, file: BinaryIO) -> str:
                              'bytes: name another --data_url')
         share = f'{size / total:.1%}' if total else f'{size >> 20} MiB'
         show_status(f'>> Downloading {ARCHIVE_NAME} {share}')
+  except multiprocessing.TimeoutError:
+    return f'no answer in {2 * TIMEOUT_SECONDS} s'
   except (OSError, http.client.HTTPException, ValueError) as error:
     if getattr(error, 'errno', None) in (
         errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -3,7 +3,6 @@
 Those marked slow repeat the others at more moments.
 """
 
-import itertools
 import os
 import pathlib
 import random
@@ -172,92 +171,3 @@ def test_full_disk(small_disk, undisturbed):
                    log.splitlines()[-1])
   small_disk(20 * kilobytes)
   assert_goes_on_to_the_same(model_dir, undisturbed, printed.splitlines())
-
-
-# --------------------------------------------------------- random faults
-
-
-def run_until(chance, model_dir):
-  """Starts a run and returns it at a random moment."""
-  process = helpers.start(helpers.train_command(model_dir))
-  for _ in itertools.islice(process.stderr, chance.randint(1, 20)):
-    pass
-  time.sleep(chance.uniform(0, 0.3))
-  return process
-
-
-def end(process, *statuses):
-  """Ends a run in at most a minute; returns the results that it printed."""
-  printed, log = process.communicate(timeout=60)
-  assert 'Traceback' not in log, log
-  assert process.returncode in (0, *statuses), log
-  return printed.splitlines()
-
-
-def send(number, *statuses):
-  def fault(chance, model_dir):
-    process = run_until(chance, model_dir)
-    process.send_signal(number)
-    return end(process, *statuses)
-  return fault
-
-
-def stop_and_continue(chance, model_dir):
-  process = run_until(chance, model_dir)
-  process.send_signal(signal.SIGSTOP)
-  time.sleep(chance.uniform(0, 1))
-  process.send_signal(signal.SIGCONT)
-  return end(process)
-
-
-def second_run(chance, model_dir):
-  """It ends in one line, and the first one does not notice."""
-  first = run_until(chance, model_dir)
-  second = helpers.start(helpers.train_command(model_dir))
-  printed, log = second.communicate(timeout=60)
-  if second.returncode:
-    assert second.returncode == 1
-    assert 'is in use by another run: wait until it ends' in log, log
-  return end(first) + printed.splitlines()
-
-
-def flags_that_must_not_matter(chance, model_dir):
-  process = helpers.start(helpers.train_command(
-      model_dir, f'--save_checkpoints_secs={chance.randint(0, 9)}',
-      chance.choice(['--verbosity=0', '--num_gpus=0', '--xla=off'])))
-  return end(process)
-
-
-def damage(chance, model_dir):
-  """Cuts, changes or removes a part of the newest checkpoint, or the list."""
-  steps = {int(path.stem.rpartition('-')[2])
-           for path in model_dir.glob('model.ckpt-*.index')}
-  parts = [*model_dir.glob('checkpoint'), *(
-      model_dir.glob(f'model.ckpt-{max(steps)}.*') if len(steps) > 1 else ())]
-  if parts:
-    part = chance.choice(parts)
-    data = part.read_bytes()
-    at = chance.randrange(len(data) + 1)
-    chance.choice([
-        part.unlink, lambda: part.write_bytes(data[:at]),
-        lambda: part.write_bytes(data[:at] + b'\xff' * 9 + data[at + 9:])])()
-  return []
-
-
-FAULTS = [
-    send(signal.SIGKILL, -signal.SIGKILL),
-    send(signal.SIGTERM, 143, -signal.SIGTERM),
-    send(signal.SIGINT, 130, -signal.SIGINT),
-    send(signal.SIGHUP, 129, -signal.SIGHUP),
-    stop_and_continue, second_run, flags_that_must_not_matter, damage, damage]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('seed', range(20))
-def test_ten_random_faults(tmp_path, undisturbed, seed):
-  """After all of them the run ends with the undisturbed run's bits."""
-  chance, printed = random.Random(seed), []
-  for _ in range(10):
-    fault = chance.choice(FAULTS)
-    printed += fault(chance, tmp_path)
-  assert_goes_on_to_the_same(tmp_path, undisturbed, printed)
