@@ -78,6 +78,8 @@ def chart(curves: dict[str, Curve], marks: Iterable[int], last_step: int,
     parts.append(f'<polyline points="{points}" stroke="{COLOURS[i]}"/>')
     parts.append(text(LEFT + 170 * i, offset + TOP - 12, name, 'start',
                       COLOURS[i]))
+  parts.append(text(WIDTH - RIGHT, offset + TOP - 12, 'by training step; '
+                    'dashed lines: the learning rate drops', 'end'))
   return '\n'.join(parts)
 
 
