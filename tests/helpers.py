@@ -1,11 +1,18 @@
 """What several test modules use."""
 
 import contextlib
+import gzip
+import http.server
 import os
 import pty
 import re
+import socket
+import struct
 import subprocess
 import sys
+import tarfile
+import threading
+import time
 
 import numpy as np
 import tensorflow as tf
@@ -47,6 +54,32 @@ def write_random_data(data_dir, num_train=50, num_test=23):
       0, 256, [num_train + num_test, cifar10.RECORD_BYTES], np.uint8)
   records[:, 0] %= 10
   write_data(data_dir, records[:num_train], records[num_train:])
+
+
+def make_files(seed=0, count=10):
+  """Returns the six files of a data set, as a dict of bytes by their names."""
+  records = np.random.default_rng(seed).integers(
+      0, 256, [6, count, cifar10.RECORD_BYTES], np.uint8)
+  records[:, :, 0] %= 10
+  return {name: file.tobytes()
+          for name, file in zip(cifar10.FILE_SHA256, records)}
+
+
+def member(name, data=b'', kind=tarfile.REGTYPE, target='', size=None):
+  """Returns one entry of an archive, which may lie about its size."""
+  info = tarfile.TarInfo(name)
+  info.type, info.linkname = kind, target
+  info.size = len(data) if size is None else size
+  padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+  return info.tobuf(tarfile.GNU_FORMAT) + data + padding
+
+
+def pack(files, first=b'', last=b''):
+  """Returns an archive of the files, with other entries around them."""
+  entries = [member(f'{cifar10.FOLDER_NAME}/{name}', data)
+             for name, data in files.items()]
+  end = bytes(tarfile.RECORDSIZE)
+  return gzip.compress(b''.join([first, *entries, last, end]), 1, mtime=0)
 
 
 def contents(folder):
@@ -177,6 +210,85 @@ def only_log_and_results(rows):
   """Tells whether each row is a whole line of one of the two."""
   return all(re.fullmatch(r"(INFO|WARNING):tensorflow:.*|\{'acc.*\}", row)
              for row in rows)
+
+
+# --------------------------------------------------------------- servers
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  protocol_version = 'HTTP/1.1'
+
+  def do_GET(self):
+    self.server.ranges.append(self.headers['Range'])
+    script = self.server.script
+    (script.pop(0) if script else part())(self)
+
+  def log_message(self, *args):
+    pass
+
+
+@contextlib.contextmanager
+def serve(data):
+  """Serves data on the loopback address, in the ways of a script of answers.
+
+  The first request gets the first, and so on; after the last one, right ones.
+  """
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+    server.block_on_close = False
+    server.handle_error = lambda *_: None  # clients that have seen enough
+    server.data, server.script = data, []
+    server.ranges = []  # that were asked for, None for the whole
+    server.url = f'http://127.0.0.1:{server.server_port}/archive.tar.gz'
+    threading.Thread(target=server.serve_forever, args=[0.01]).start()
+    try:
+      yield server
+    finally:
+      server.shutdown()
+
+
+def answer(status, *blocks, reason=None, pause=0, then=None, **headers):
+  """Makes an answer that is always the same; without a status no header."""
+  def send(request):
+    if status:
+      request.send_response(status, reason)
+      for name, value in headers.items():
+        request.send_header(name.replace('_', '-'), value)
+      request.end_headers()
+    for block in blocks:
+      request.wfile.write(block)
+      time.sleep(pause)
+    if then:
+      then(request.connection)
+  return send
+
+
+def moved(target, status=302):
+  return answer(status, Location=target)
+
+
+def part(share=1, **kwargs):
+  """Makes that of a server that knows ranges, with a share of the bytes."""
+  def send(request):
+    data = request.server.data
+    start = int((request.headers['Range'] or 'bytes=0-')[len('bytes='):-1])
+    rest, size = data[start:], len(data)
+    now = answer(416, Content_Range=f'bytes */{size}')
+    if rest:
+      now = answer(206 if start else 200, rest[:int(share * len(rest))],
+                   Content_Range=f'bytes {start}-{size - 1}/{size}',
+                   Content_Length=len(rest), **kwargs)
+    now(request)
+  return send
+
+
+def reset(connection):
+  """Ends a connection as a crash does."""
+  connection.setsockopt(
+      socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+  connection.close()
+
+
+# --------------------------------------------------------------- screens
 
 
 class Screen:

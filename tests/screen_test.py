@@ -1,12 +1,8 @@
 """Tests of what a user sees on a terminal, and does not see elsewhere."""
 
-import functools
-import http.server
 import os
 import re
 import sys
-import tarfile
-import threading
 
 import cifar10_download_and_extract as cifar10
 from tests import helpers
@@ -56,6 +52,12 @@ def test_no_status_of_a_job_in_the_background():
   assert set(screen.status) == {'in front'}
 
 
+def test_status_where_nothing_is_known_of_jobs():
+  """As on Windows."""
+  _, screen = run_code('del os.tcgetpgrp\ncifar10.show_status("Step 1")')
+  assert set(screen.status) == {'Step 1'}
+
+
 def test_status_is_cut_to_a_narrow_terminal():
   _, screen = run_code('cifar10.show_status("0123456789" * 9)\n'
                        'cifar10.show_status()',
@@ -73,10 +75,8 @@ cifar10.app.run(cifar10.main)
 
 def test_progress_of_the_download(tmp_path):
   """It comes in pieces of 64 KiB; the status has gone at the end."""
-  helpers.write_random_data(tmp_path / 'source', 250, 50)
   archive = tmp_path / 'archive.tar.gz'
-  with tarfile.open(archive, 'w:gz') as tar:
-    tar.add(tmp_path / 'source' / cifar10.FOLDER_NAME, cifar10.FOLDER_NAME)
+  archive.write_bytes(helpers.pack(helpers.make_files(count=50)))
   status, screen = run_code(
       DOWNLOAD, f'--data_dir={tmp_path}/data', f'--data_url=file://{archive}',
       '--skip_checksums')
@@ -88,28 +88,13 @@ def test_progress_of_the_download(tmp_path):
   assert float(shares[0]) < float(shares[-1]) == 100
 
 
-class BrokenServer(http.server.BaseHTTPRequestHandler):
-  """Sends one of a hundred mebibytes at a time, and three at the most."""
-
-  def do_GET(self):
-    start = int(self.headers.get('Range', 'bytes=0-')[6:-1])
-    self.send_response(206 if start else 200)
-    self.send_header('Content-Length', str((100 << 20) - start))
-    self.end_headers()
-    self.wfile.write(bytes(1 << 20) if start < 3 << 20 else b'')
-
-  def log_message(self, *args):
-    pass
-
-
 def test_retries_of_the_download_have_lines_of_their_own(tmp_path):
-  with http.server.HTTPServer(('127.0.0.1', 0), BrokenServer) as server:
-    threading.Thread(target=functools.partial(
-        server.serve_forever, poll_interval=0.01), daemon=True).start()
+  """A hundredth comes at a time, and three at the most."""
+  with helpers.serve(bytes(10**7)) as server:
+    server.script = [*(helpers.part(1 / left) for left in (100, 99, 98)),
+                     *[helpers.part(0)] * 9]
     status, screen = run_code(
-        DOWNLOAD, f'--data_dir={tmp_path}/data',
-        f'--data_url=http://127.0.0.1:{server.server_port}/archive')
-    server.shutdown()
+        DOWNLOAD, f'--data_dir={tmp_path}/data', f'--data_url={server.url}')
   assert status == 1
   *retries, error, last = screen.rows
   assert len(retries) == 4
