@@ -16,6 +16,7 @@ References:
 from collections.abc import Iterator
 import contextlib
 import errno
+import glob
 import gzip
 import hashlib
 import http.client
@@ -284,7 +285,9 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
       fetch_archive(data_url, archive, skip_checksums)
     files = read_archive(archive, names, skip_checksums)
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    for left in glob.glob(os.path.join(glob.escape(folder), 'unpacking.*')):
+      shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
+    with tempfile.TemporaryDirectory(prefix='unpacking.', dir=folder) as work:
       for name in names:
         with open(os.path.join(work, name), 'wb') as file:
           file.write(files[name])

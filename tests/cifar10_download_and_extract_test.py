@@ -116,6 +116,9 @@ def test_replaces_only_missing_and_damaged_files(download):
   own = {'file.partial': b'a', f'{FOLDER}/notes/test_batch.bin': b'b',
          f'{FOLDER}/data_batch_6.bin': b'c'}
   (download.batches / 'notes').mkdir(parents=True)
+  left = download.batches / 'unpacking.killed' / 'test_batch.bin'
+  left.parent.mkdir()
+  left.touch()
   for name, data in own.items():
     (download.folder / name).write_bytes(data)
   download.run()
@@ -366,6 +369,7 @@ other_bytes = answer(
     200, DATA[:99] + bytes(99) + DATA[198:], Content_Length=SIZE)
 other_range = answer(
     206, b'123456789', Content_Length=9, Content_Range='bytes 5-13/99')
+dripping = answer(None, b'HTTP/1.1 200 OK\r\n', *[b'X: y\r\n'] * 50, pause=0.1)
 with_escapes = answer(403, reason='\x1b[2J\x1b]0;title\x07' + 'x' * 60000)
 chance = random.Random(0)
 SUCCESSES = {
@@ -384,6 +388,7 @@ SUCCESSES = {
 FAILURES = {  # and after how many tries
     'not found': ([answer(404)], 'Error 404', 1),
     'server error': ([answer(500)], 'Error 500', 1),
+    'endless header': ([dripping], 'no answer in 0.6 s', 1),
     'empty': ([empty], 'only 0 of', 1),
     'silent': ([silent], 'closed connection', 1),
     'no protocol': ([garbage], 'no protocol', 1),
