@@ -438,10 +438,10 @@ def test_readme_on_serving(tmp_path, capsys, undisturbed):
   image = np.random.default_rng(0).integers(0, 256, [32, 32, 3], np.uint8)
   serve = signatures(undisturbed.export_dir)['serving_default']
   outputs = serve(images=image[None])
-  write_picture(tmp_path / 'picture.png', image.repeat(8, 0).repeat(8, 1))
+  write_picture(tmp_path / 'square.png', image.repeat(8, 0).repeat(8, 1))
   exec(replaced(readme_code('decode_image'), {
       '/tmp/cifar10_export': undisturbed.export_dir,
-      'picture.png': tmp_path / 'picture.png'}), {})
+      'square.png': tmp_path / 'square.png'}), {})
   name, share = capsys.readouterr().out.split()
   assert name == outputs['class_names'][0].numpy().decode()
   assert float(share) == pytest.approx(outputs['probabilities'].numpy().max())
