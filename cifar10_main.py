@@ -148,9 +148,7 @@ if __name__ == '__main__':
   define_flags()
   app.define_help_flags()
   app.parse_flags_with_usage(sys.argv)
-  # TensorFlow reads these when it is imported. cuDNN's faster 3x3 convolutions:
-  os.environ['TF_ENABLE_WINOGRAD_NONFUSED'] = '1'
-  # Take GPU memory as it is needed, and leave the rest to other processes.
+  # TensorFlow reads these when it is imported. GPU memory only as it is needed:
   os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')
   # oneDNN's convolutions, which TensorFlow leaves off on a CPU without AVX-512
   # although they are at least 1.5 times as fast there.
