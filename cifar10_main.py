@@ -263,11 +263,7 @@ class StopRequest:
 
 def is_chief() -> bool:
   """Returns whether this is the first machine, which saves and prints."""
-  resolver = tf.distribute.get_strategy().cluster_resolver
-  if not resolver or not resolver.task_type:
-    return True
-  first = 'chief' if 'chief' in resolver.cluster_spec().jobs else 'worker'
-  return (resolver.task_type, resolver.task_id) == (first, 0)
+  return tf.distribute.get_strategy().extended.should_checkpoint
 
 
 def total(value: np.ndarray | int) -> np.ndarray | int:
