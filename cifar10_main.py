@@ -222,10 +222,8 @@ def show_log() -> None:
       python_logging.Formatter('%(levelname)s:tensorflow:%(message)s'))
 
   def filter_line(record):
-    if record.name != log.name and record.levelname == 'INFO':
-      return False
     cifar10.show_status()  # the line takes its place
-    return True
+    return record.name == log.name or record.levelname != 'INFO'
 
   handler.addFilter(filter_line)
 
