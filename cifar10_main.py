@@ -1254,12 +1254,10 @@ def run(settings: Settings, values: flags.FlagValues,
   """Does what the flags ask for; returns the exit status."""
   with strategy.scope():
     chief = is_chief()
-    facts = {'eval_only': values.eval_only, 'predict': values.predict,
-             **vars(settings)}
-    for own in ('data_dir', 'model_dir', 'save_checkpoints_secs'):
-      del facts[own]
-    require_same({f'--{name}': value for name, value in facts.items()} | {
-        'TensorFlow': tf.__version__})
+    shared = {'eval_only', 'predict', *vars(settings)} - {
+        'data_dir', 'model_dir', 'save_checkpoints_secs'}
+    require_same({'TensorFlow': tf.__version__} | {
+        f'--{name}': values[name].value for name in sorted(shared)})
   if not chief:
     log.warning('The first machine logs, saves and prints')
     logging.set_verbosity(min(logging.get_verbosity(), logging.WARNING))
