@@ -624,11 +624,15 @@ class Checkpoints:
     return saver
 
 
-def open_model(settings: Settings) -> tuple[TrainState, Checkpoints]:
+def open_model(settings: Settings, may_be_new: bool = True
+               ) -> tuple[TrainState, Checkpoints]:
   """Returns the state of the newest checkpoint in model_dir, or a new one."""
   checkpoints = Checkpoints(settings.model_dir)
   # Of several machines, only the first has the folder.
   values = checkpoints.read_newest() if is_chief() else {}
+  if not (values or may_be_new):
+    raise Cifar10Error(f'{settings.model_dir} holds no checkpoint: train '
+                       'first, or name another --model_dir')
   size = resnet_model.size_in_checkpoint(values) or 32
   state = make_state(dataclasses.replace(
       settings, resnet_size=settings.resnet_size or
@@ -1101,15 +1105,6 @@ def train_and_evaluate(
       stop_button.end()
 
 
-def open_trained(settings: Settings) -> tuple[TrainState, Checkpoints]:
-  """Does what open_model does, or raises Cifar10Error in a new folder."""
-  state, checkpoints = open_model(settings)
-  if checkpoints.newest is None:
-    raise Cifar10Error(f'{settings.model_dir} holds no checkpoint: train '
-                       'first, or name another --model_dir')
-  return state, checkpoints
-
-
 def evaluate_only(
     settings: Settings,
     export_dir: str | None = None) -> tuple[dict[str, float], np.ndarray]:
@@ -1119,7 +1114,7 @@ def evaluate_only(
   matrix: see evaluate.
   """
   dataset = input_fn('eval', settings)
-  state, checkpoints = open_trained(settings)
+  state, checkpoints = open_model(settings, may_be_new=False)
   results, matrix = evaluate(make_eval_step(state), dataset, checkpoints.newest,
                              state.global_step.numpy().item())
   for name, accuracy in accuracies(matrix).items():
@@ -1154,7 +1149,7 @@ def predict(settings: Settings, paths: Iterable[str]) -> bool:
 
   Returns False if one of them cannot be read.
   """
-  state, _ = open_trained(settings)
+  state, _ = open_model(settings, may_be_new=False)
   all_read = True
   for path in paths:
     try:
