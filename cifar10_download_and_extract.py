@@ -466,13 +466,8 @@ def define_flags() -> None:
   flags.register_validator('data_url', str.isprintable, 'must be printable')
   flags.DEFINE_bool(
       'skip_checksums', False,
-      'Accept files other than the published ones from another --data_url, as '
-      'long as their sizes and labels are valid.')
-  flags.register_multi_flags_validator(
-      ['data_url', 'skip_checksums'],
-      lambda values: (not values['skip_checksums']
-                      or values['data_url'] != DATA_URL),
-      '--skip_checksums needs another --data_url')
+      'Accept files other than the published ones, as long as their sizes and '
+      'labels are valid.')
 
 
 def main(argv: list[str]) -> None:

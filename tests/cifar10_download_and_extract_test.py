@@ -611,7 +611,6 @@ def test_standard_output_that_nobody_reads(download):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--data_url=file:///no/such/file'], 'Cannot fetch file:///no/such/file'),
-    (['--skip_checksums'], '--skip_checksums needs another --data_url'),
     (['--no_such_flag'], "Unknown command line flag 'no_such_flag'"),
     (['stray'], "unknown argument 'stray'"),
     (['--data_dir=/dev/null/x'], 'Not a directory')])
