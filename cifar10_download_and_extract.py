@@ -140,17 +140,16 @@ def synthetic_records(mode: str) -> np.ndarray:
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
   """Ends the script with status 1 and one line if the block raises an error."""
+  script = os.path.basename(sys.argv[0])
   try:
     yield
-    return
   except Cifar10Error as error:
-    message = str(error)
+    sys.exit(f'{script}: {error}')
   except MemoryError:
-    message = ('The machine has too little memory: end other programs, or try '
-               'a smaller --batch_size')
+    sys.exit(f'{script}: The machine has too little memory: end other '
+             'programs, or try a smaller --batch_size')
   finally:
     show_status()
-  sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')
 
 
 def say(text: str) -> None:
@@ -178,7 +177,6 @@ def quiet_import() -> Iterator[None]:
   """Silences TensorFlow, which the block imports; its errors are exceptions."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   # It prints some notices before it reads that level.
-  open_standard_streams()
   stderr = os.dup(2)
   with open(os.devnull, 'wb') as nothing:
     os.dup2(nothing.fileno(), 2)
