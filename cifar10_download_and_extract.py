@@ -445,20 +445,13 @@ class PathParser(flags.ArgumentParser):
     return path
 
 
-def define_data_dir(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines --data_dir, which both scripts have."""
-  if 'data_dir' not in values:
-    flags.DEFINE(PathParser(), 'data_dir', '/tmp/cifar10_data',
-                 f'Folder that contains {ARCHIVE_NAME} and {FOLDER_NAME}/.',
-                 flag_values=values)
-
-
 def define_flags() -> None:
   """Defines the flags of this script."""
   if 'data_url' in flags.FLAGS:  # a notebook runs the script once more
     flags.FLAGS.unparse_flags()
     return
-  define_data_dir()
+  flags.DEFINE(PathParser(), 'data_dir', '/tmp/cifar10_data',
+               f'Folder that contains {ARCHIVE_NAME} and {FOLDER_NAME}/.')
   flags.DEFINE_string(
       'data_url', DATA_URL, 'https, http or file address of the archive.')
   flags.register_validator('data_url', str.isprintable, 'must be printable')

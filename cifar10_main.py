@@ -99,8 +99,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
           flags.DEFINE_integer, flags.DEFINE_enum, flags.DEFINE_bool))
   path = functools.partial(
       flags.DEFINE, cifar10.PathParser(), flag_values=values)
-  cifar10.define_data_dir(values)
-  flags.declare_key_flag('data_dir', values)  # for --help to list it here too
+  path('data_dir', Settings.data_dir, 'Folder that contains '
+       f'{cifar10.FOLDER_NAME}/.', allow_override=True)  # the download's, too
   path('model_dir', Settings.model_dir, 'Folder of checkpoints and TensorBoard '
        'events. With --use_synthetic_data the default ends with _synthetic.')
   integer('resnet_size', Settings.resnet_size,
