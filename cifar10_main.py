@@ -535,17 +535,13 @@ class Checkpoints:
     self._saver = None  # made once: it knows which checkpoints to keep
     self.newest = None  # the path of what was last read or saved
 
-  def steps(self) -> list[int]:
-    """Returns the steps of all checkpoints, damaged ones too, newest first."""
+  def read_newest(self) -> dict[str, np.ndarray]:
+    """Returns the values of the newest whole checkpoint, {} in a new folder."""
     # Not from the list in `checkpoint`: a copied one may name the old place.
     pattern = re.compile(
         re.escape(self._prefix) + r'-(\d+)\.(index|data-\d+-of-\d+)')
     found = map(pattern.fullmatch, glob.glob(glob.escape(self._prefix) + '-*'))
-    return sorted({int(match[1]) for match in found if match}, reverse=True)
-
-  def read_newest(self) -> dict[str, np.ndarray]:
-    """Returns the values of the newest whole checkpoint, {} in a new folder."""
-    steps = self.steps()
+    steps = sorted({int(match[1]) for match in found if match}, reverse=True)
     for step in steps:
       path = f'{self._prefix}-{step}'
       try:
