@@ -49,7 +49,6 @@ from cifar10_download_and_extract import Cifar10Error, reason
 DATA_FORMATS = ('channels_first', 'channels_last')
 DTYPES = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
 MAX_STEPS = 10**15
-INSTALL = 'pip install -r requirements.txt brings what this needs'
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = (
     len(cifar10.TRAIN_FILES) * cifar10.RECORDS_PER_FILE)
 
@@ -161,12 +160,11 @@ if __name__ == '__main__':
     try:
       import tensorboard  # noqa: F401
       import tensorflow
+      if tuple(map(int, tensorflow.__version__.split('.')[:2])) < (2, 16):
+        raise ImportError(f'TensorFlow {tensorflow.__version__} is too old')
     except ImportError as error:
-      raise Cifar10Error(f'{error}: {INSTALL}') from None
-    if tuple(map(int, tensorflow.__version__.split('.')[:2])) < (2, 16):
-      raise Cifar10Error(
-          f'TensorFlow {tensorflow.__version__} is too old: {INSTALL}')
-  cifar10.show_status()
+      raise Cifar10Error(f'{error}: pip install -r requirements.txt brings '
+                         'what this needs') from None
 
 import numpy as np
 import tensorflow as tf
