@@ -748,16 +748,15 @@ def log_values(step: int, values: dict) -> None:
 
 def make_writer(folder: str, step: int) -> tf.summary.SummaryWriter:
   """Returns a writer of events, which replace earlier ones from `step` on."""
-  if not is_chief():
-    return tf.summary.create_noop_writer()
   v1 = tf.compat.v1
   try:
-    with tf.Graph().as_default(), v1.summary.FileWriter(folder) as writer:
-      writer.add_session_log(v1.SessionLog(status=v1.SessionLog.START), step)
-    return tf.summary.create_file_writer(folder)
+    if is_chief():
+      with tf.Graph().as_default(), v1.summary.FileWriter(folder) as writer:
+        writer.add_session_log(v1.SessionLog(status=v1.SessionLog.START), step)
+      return tf.summary.create_file_writer(folder)
   except (OSError, tf.errors.OpError) as error:
     log.warning('No events for TensorBoard in %s (%s)', folder, reason(error))
-    return tf.summary.create_noop_writer()
+  return tf.summary.create_noop_writer()
 
 
 @contextlib.contextmanager
@@ -1227,12 +1226,9 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
   if num_gpus != -1:
     gpus = gpus[:1 if num_gpus is None else num_gpus]
   tf.config.set_visible_devices(gpus, 'GPU')
-  machines = join_machines()
-  if machines:
-    return machines
-  if len(gpus) > 1:
-    return tf.distribute.MirroredStrategy()
-  return tf.distribute.get_strategy()
+  return join_machines() or (
+      tf.distribute.MirroredStrategy() if len(gpus) > 1
+      else tf.distribute.get_strategy())
 
 
 def run(settings: Settings, values: flags.FlagValues,
