@@ -46,7 +46,6 @@ from absl import app, flags, logging
 import cifar10_download_and_extract as cifar10
 from cifar10_download_and_extract import Cifar10Error, reason
 
-DATA_FORMATS = ('channels_first', 'channels_last')
 DTYPES = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
 MAX_STEPS = 10**15
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = (
@@ -117,9 +116,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
           1, NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN)
   integer('save_checkpoints_secs', Settings.save_checkpoints_secs,
           'Seconds between checkpoints. Each cycle also ends with one.', 0)
-  choice('data_format', Settings.data_format, DATA_FORMATS,
-         'Layout of the images in the network. The default is channels_first '
-         'on a GPU, else channels_last.')
+  choice('data_format', Settings.data_format,
+         ['channels_first', 'channels_last'], 'Layout of the images in the '
+         'network. The default is channels_first on a GPU, else channels_last.')
   choice('dtype', Settings.dtype, list(DTYPES),
          'Number type of the convolutions. All else is fp32.')
   choice('xla', Settings.xla, ['auto', 'on', 'off'],
@@ -174,7 +173,6 @@ from resnet_model import Cifar10ResnetV2, tf1_name
 
 HEIGHT, WIDTH, DEPTH = resnet_model.IMAGE_SHAPE
 NUM_CLASSES = len(cifar10.CLASSES)
-NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10.RECORDS_PER_FILE
 
 PADDING = 4  # black pixels on each side, before a random crop to 32x32 [1]
 NUM_CORNERS = 2 * PADDING + 1  # places of a crop in each direction
