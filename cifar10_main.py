@@ -232,11 +232,10 @@ class StopRequest:
   """
 
   def __init__(self, *names: str):
-    self.signal, self._names, self._usual = None, names, None
+    self.signal, self._names, self._usual = None, names, {}
 
   def __call__(self) -> bool:
-    if self._usual is None:
-      self._usual = {}
+    if not self._usual:
       for number in (getattr(signal, name, None) for name in self._names):
         # Not those that nohup or a shell lets be ignored; Windows lacks some.
         if number and signal.getsignal(number) in (
@@ -251,7 +250,7 @@ class StopRequest:
 
   def end(self) -> None:
     """Lets signals do again what they usually do."""
-    for number, usual in (self._usual or {}).items():
+    for number, usual in self._usual.items():
       signal.signal(number, usual)
 
 
