@@ -37,11 +37,6 @@ import zlib
 if sys.version_info < (3, 10):  # noqa: UP036
   sys.exit('This needs Python 3.10 to 3.13, not ' + sys.version.split()[0])
 
-try:
-  import fcntl
-except ImportError:  # Windows: nothing keeps two runs out of one folder
-  fcntl = None
-
 from absl import app, flags
 import numpy as np
 
@@ -240,13 +235,13 @@ def sole_use(folder: str, flag: str) -> Iterator[None]:
     is_shared = os.path.exists(path) and not os.access(path, os.W_OK)
     with open(path, 'r' if is_shared else 'a') as file:
       try:
-        if fcntl:
-          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
         raise Cifar10Error(f'{folder} is in use by another run: wait until it '
                            f'ends, or name another {flag}') from None
-      except OSError:
-        pass  # some network file systems have no locks
+      except (OSError, ImportError):
+        pass  # some network file systems have no locks, nor has Windows
       try:
         yield
       finally:

@@ -1,6 +1,7 @@
 """Tests of the download, with small archives and a server on this machine."""
 
 import errno
+import fcntl
 import gzip
 import hashlib
 import io
@@ -227,7 +228,7 @@ def test_folders_of_others(download, monkeypatch):
   monkeypatch.setattr(cifar10.os, 'access', lambda path, mode: False)
   for name in ('chmod', 'chown'):
     monkeypatch.setattr(cifar10.os, name, refuse)
-  monkeypatch.setattr(cifar10.fcntl, 'flock', refuse)
+  monkeypatch.setattr(fcntl, 'flock', refuse)
   download.run()
   download.assert_complete()
 

@@ -132,7 +132,7 @@ def test_nothing_of_a_system_is_taken_for_granted(
   for module, name in ((os, 'geteuid'), (os, 'sched_getaffinity'),
                        (os, 'tcgetpgrp'), (os, 'getpgrp'), (signal, 'SIGHUP')):
     monkeypatch.delattr(module, name)
-  monkeypatch.setattr(cifar10, 'fcntl', None)
+  monkeypatch.setitem(sys.modules, 'fcntl', None)
   stop = cifar10_main.StopRequest('SIGTERM', 'SIGHUP')
   assert helpers.run(data_dir, tmp_path / 'model', interrupted=stop)
   stop.end()
