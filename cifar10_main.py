@@ -1216,7 +1216,6 @@ def make_strategy(num_gpus: int | None) -> tf.distribute.Strategy:
     raise Cifar10Error(f'--num_gpus={num_gpus} is more than the {len(gpus)} '
                        'that TensorFlow finds here: lower it, or leave it out')
   if (not gpus and num_gpus != 0 and shutil.which('nvidia-smi')
-      and tf.test.is_built_with_cuda()
       and os.environ.get('CUDA_VISIBLE_DEVICES', '0') not in ('', '-1')):
     log.warning('TensorFlow finds no GPU. If there is one, its libraries are '
                 'missing: pip install "tensorflow[and-cuda]" brings them')

@@ -195,7 +195,6 @@ def test_warning_about_an_idle_gpu(
   monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
   monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: [])
   monkeypatch.setattr(tf.config, 'set_visible_devices', lambda *_: None)
-  monkeypatch.setattr(tf.test, 'is_built_with_cuda', lambda: True)
   monkeypatch.setattr(cifar10_main, 'train_and_evaluate', lambda *_: True)
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
   if visible is not None:
