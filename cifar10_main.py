@@ -1273,19 +1273,18 @@ def main(argv: list[str]) -> int:
       strategy = make_strategy(values.num_gpus)
       status = run(settings, values, strategy, stop)
       return 128 + stop.signal if stop.signal else status
-    except tf.errors.ResourceExhaustedError:
-      raise Cifar10Error('The device has too little memory: try a smaller '
-                         '--batch_size') from None
     except tf.errors.OpError as error:
-      if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        raise Cifar10Error(
-            f'Another machine does not answer ({reason(error)}): start all '
-            'again, they go on from the last checkpoint') from None
-      if isinstance(error, CANNOT_COMPUTE):
-        raise Cifar10Error(f'This device cannot do that ({reason(error)}): try '
-                           '--xla=off, without --data_format and --dtype'
-                           ) from None
-      raise
+      if isinstance(error, tf.errors.ResourceExhaustedError):
+        what = 'The device has too little memory: try a smaller --batch_size'
+      elif isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        what = (f'Another machine does not answer ({reason(error)}): start all '
+                'again, they go on from the last checkpoint')
+      elif isinstance(error, CANNOT_COMPUTE):
+        what = (f'This device cannot do that ({reason(error)}): try --xla=off, '
+                'without --data_format and --dtype')
+      else:
+        raise
+      raise Cifar10Error(what) from None
     finally:
       stop.end()
 
