@@ -207,8 +207,7 @@ log = logging.get_absl_logger().getChild('cifar10')
 def show_log() -> None:
   """Shows the log lines, with the prefix they had in 2017, and nothing else."""
   logging.use_absl_handler()
-  if not flags.FLAGS.is_parsed():  # in a notebook; absl would complain
-    flags.FLAGS.mark_as_parsed()
+  flags.FLAGS.mark_as_parsed()  # in a notebook absl would complain
   if flags.FLAGS['verbosity'].using_default_value:  # app.run sets it just once
     logging.set_verbosity(logging.INFO)
   # The rest of TensorFlow's notices does not help the user.
