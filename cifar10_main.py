@@ -1161,10 +1161,12 @@ def wait_for_machines(addresses: list[str], own: str) -> None:
 
   Raises:
     Cifar10Error: The own port is in use.
-    ValueError, OverflowError: An address has no port, or one that cannot be.
+    ValueError: An address has no port, or one that cannot be.
   """
   parts = [address.rpartition(':') for address in addresses]
   hosts = [(host.strip('[]'), int(port)) for host, _, port in parts]
+  if max(port for _, port in hosts) > 65535:
+    raise ValueError('a port is above 65535')
   try:
     server = socket.create_server(('', hosts[addresses.index(own)][1]))
   except OSError as error:
@@ -1199,7 +1201,7 @@ def join_machines() -> tf.distribute.Strategy | None:
     wait_for_machines(addresses, cluster.task_address(
         resolver.task_type, resolver.task_id))
     strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
-  except (ValueError, TypeError, LookupError, OverflowError, AttributeError,
+  except (ValueError, TypeError, LookupError, AttributeError,
           tf.errors.OpError) as error:
     raise Cifar10Error('TF_CONFIG names no cluster of workers '
                        f'({reason(error)}): correct or unset it') from None
