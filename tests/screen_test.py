@@ -5,10 +5,10 @@ import http.server
 import os
 import re
 import sys
-import tarfile
 import threading
 
 import cifar10_download_and_extract as cifar10
+import cifar10_main
 from tests import helpers
 
 
@@ -56,36 +56,24 @@ def test_no_status_of_a_job_in_the_background():
   assert set(screen.status) == {'in front'}
 
 
+def test_status_fits_a_terminal(monkeypatch):
+  shown = []
+  monkeypatch.setattr(cifar10, 'show_status', shown.append)
+  cifar10_main.show_progress(cifar10_main.Settings(), 1, 4000, 12.34)
+  cifar10_main.show_progress(cifar10_main.Settings(), 99999, 100000, 0.0012)
+  assert shown == [
+      'Step 1 of 100000, 10 images/s, evaluation in 13:42:28, end in 342:46:28',
+      'Step 99999 of 100000, 106,667 images/s, evaluation in 0:00:00, end in '
+      '0:00:00']
+  assert max(map(len, shown)) <= 80
+
+
 def test_status_is_cut_to_a_narrow_terminal():
   _, screen = run_code('cifar10.show_status("0123456789" * 9)\n'
                        'cifar10.show_status()',
                        env={**os.environ, 'COLUMNS': '26'})
   assert set(screen.status) == {'0123456789012345678901234'}
   assert screen.rows == ['']
-
-
-DOWNLOAD = """
-cifar10.RECORDS_PER_FILE, cifar10.RETRY_SECONDS = 50, (0, 0)
-cifar10.define_flags()
-cifar10.app.run(cifar10.main)
-"""
-
-
-def test_progress_of_the_download(tmp_path):
-  """It comes in pieces of 64 KiB; the status has gone at the end."""
-  helpers.write_random_data(tmp_path / 'source', 250, 50)
-  archive = tmp_path / 'archive.tar.gz'
-  with tarfile.open(archive, 'w:gz') as tar:
-    tar.add(tmp_path / 'source' / cifar10.FOLDER_NAME, cifar10.FOLDER_NAME)
-  status, screen = run_code(
-      DOWNLOAD, f'--data_dir={tmp_path}/data', f'--data_url=file://{archive}',
-      '--skip_checksums')
-  assert status == 0, screen.rows
-  assert [row.split(' ')[0] for row in screen.rows] == [
-      'Successfully', f'{tmp_path}/data/{cifar10.FOLDER_NAME}', '']
-  shares = re.findall(r'>> Downloading cifar-10-binary.tar.gz (\d+\.\d)%',
-                      '\n'.join(screen.status))
-  assert float(shares[0]) < float(shares[-1]) == 100
 
 
 class BrokenServer(http.server.BaseHTTPRequestHandler):
@@ -102,12 +90,16 @@ class BrokenServer(http.server.BaseHTTPRequestHandler):
     pass
 
 
-def test_retries_of_the_download_have_lines_of_their_own(tmp_path):
+def test_progress_and_retries_of_the_download(tmp_path):
+  """Progress comes in pieces of 64 KiB; each retry has a line of its own."""
+  code = ('cifar10.RETRY_SECONDS = 0, 0\n'
+          'cifar10.define_flags()\n'
+          'cifar10.app.run(cifar10.main)')
   with http.server.HTTPServer(('127.0.0.1', 0), BrokenServer) as server:
     threading.Thread(target=functools.partial(
         server.serve_forever, poll_interval=0.01), daemon=True).start()
     status, screen = run_code(
-        DOWNLOAD, f'--data_dir={tmp_path}/data',
+        code, f'--data_dir={tmp_path}/data',
         f'--data_url=http://127.0.0.1:{server.server_port}/archive')
     server.shutdown()
   assert status == 1
@@ -116,4 +108,6 @@ def test_retries_of_the_download_have_lines_of_their_own(tmp_path):
   assert all(row.endswith('trying again in 0 s') for row in retries)
   assert 'Cannot fetch' in error
   assert not last
-  assert '>> Downloading cifar-10-binary.tar.gz 3.0%' in screen.status
+  shares = re.findall(r'>> Downloading cifar-10-binary.tar.gz (\d\.\d)%',
+                      '\n'.join(screen.status))
+  assert float(shares[0]) < float(shares[-1]) == 3
