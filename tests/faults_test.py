@@ -1,10 +1,9 @@
-"""Tests of what a run survives: real processes, signals and full disks.
+"""Tests of what a run survives: real processes that signals and kills end.
 
-Those marked slow repeat the others at more moments.
+Those marked slow repeat this at more moments.
 """
 
 import itertools
-import os
 import pathlib
 import random
 import re
@@ -17,16 +16,6 @@ import pytest
 import tensorflow as tf
 
 from tests import helpers
-
-
-def kill_in_a_save(process, number=1):
-  """Kills a process when it begins its nth save; returns what it printed."""
-  for _ in range(number):
-    helpers.read_until(process, 'Saving checkpoints for')
-  process.kill()
-  printed, _ = process.communicate()
-  assert process.returncode == -signal.SIGKILL
-  return printed.splitlines()
 
 
 def assert_finished_the_same(model_dir, undisturbed, printed):
@@ -76,7 +65,10 @@ def test_interrupted_and_killed_run(tmp_path, undisturbed):
                           stdin=subprocess.DEVNULL)
   helpers.read_until(process, 'Saving checkpoints for')
   process.send_signal(signal.SIGHUP)
-  printed += kill_in_a_save(process)
+  helpers.read_until(process, 'Saving checkpoints for')
+  process.kill()
+  printed += process.communicate()[0].splitlines()
+  assert process.returncode == -signal.SIGKILL
 
   with open(tmp_path / 'printed', 'w') as file:
     status, screen = helpers.run_on_terminal(
@@ -87,39 +79,6 @@ def test_interrupted_and_killed_run(tmp_path, undisturbed):
   printed += (tmp_path / 'printed').read_text().splitlines()
   assert helpers.only_log_and_results([*screen.rows[:-1], *printed])
   assert_finished_the_same(model_dir, undisturbed, printed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('moment', range(20))
-def test_killed_run(tmp_path, undisturbed, moment):
-  """At a random moment or, every other time, in the midst of a save."""
-  chance = random.Random(moment)
-  process = helpers.start(helpers.train_command(tmp_path))
-  if moment % 2 == 0:
-    printed = kill_in_a_save(process, chance.randint(1, 4))
-  else:
-    helpers.read_until(process, 'step = 1\n')
-    time.sleep(undisturbed.seconds * chance.uniform(0, 0.7))
-    process.kill()
-    printed = process.communicate()[0].splitlines()
-  assert_goes_on_to_the_same(tmp_path, undisturbed, printed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('moment', range(10))
-def test_signal(tmp_path, undisturbed, moment):
-  """Soon after a logged step: that is before the end of the cycle."""
-  process = helpers.start(
-      helpers.train_command(tmp_path, '--save_checkpoints_secs=600'))
-  chance = random.Random(moment)
-  helpers.read_until(process, chance.choice(['step = 1\n', 'step = 101']))
-  time.sleep(chance.uniform(0.3, 0.7))  # past the summaries of that step
-  number = (signal.SIGTERM, signal.SIGINT)[moment % 2]
-  process.send_signal(number)
-  printed, log = helpers.finish(process)
-  assert process.returncode == 128 + number
-  assert_stopped_where_it_says(tmp_path, log.splitlines())
-  assert_goes_on_to_the_same(tmp_path, undisturbed, printed.splitlines())
 
 
 def test_interrupted_before_the_training(tmp_path):
@@ -149,37 +108,9 @@ def test_signal_while_the_first_step_is_built(tmp_path, number):
   assert not log
 
 
-@pytest.mark.slow
-def test_run_without_any_output(undisturbed):
-  """As of a process that a service starts."""
-  process = subprocess.run(
-      ['sh', '-c', 'exec "$@" >&- 2>&-', 'sh',
-       *helpers.train_command(undisturbed.model_dir, '--eval_only')],
-      capture_output=True, check=True)
-  assert not process.stdout + process.stderr
-
-
-@pytest.mark.slow
-def test_full_disk(small_disk, undisturbed):
-  """There is room for two checkpoints, but not for three."""
-  data = helpers.GOLDEN + '.ckpt.data-00000-of-00001'
-  kilobytes = os.path.getsize(data) // 1024
-  model_dir = small_disk(int(2.5 * kilobytes)) / 'model'
-  process = helpers.start(helpers.train_command(model_dir))
-  printed, log = helpers.finish(process)
-  assert process.returncode == 1
-  assert re.search(f'Cannot write .*{model_dir} .*No space left on device',
-                   log.splitlines()[-1])
-  small_disk(20 * kilobytes)
-  assert_goes_on_to_the_same(model_dir, undisturbed, printed.splitlines())
-
-
-# --------------------------------------------------------- random faults
-
-
-def run_until(chance, model_dir):
+def run_until(chance, model_dir, *arguments):
   """Starts a run and returns it at a random moment."""
-  process = helpers.start(helpers.train_command(model_dir))
+  process = helpers.start(helpers.train_command(model_dir, *arguments))
   for _ in itertools.islice(process.stderr, chance.randint(1, 20)):
     pass
   time.sleep(chance.uniform(0, 0.3))
@@ -194,11 +125,26 @@ def end(process, *statuses):
   return printed.splitlines()
 
 
-def send(number, *statuses):
-  def fault(chance, model_dir):
+def kill(chance, model_dir):
+  """At a random moment or, every other time, in the midst of a save."""
+  if chance.random() < 0.5:
     process = run_until(chance, model_dir)
+  else:
+    process = helpers.start(helpers.train_command(model_dir))
+    any('Saving checkpoints' in line for line in process.stderr)  # up to it
+  process.kill()
+  return end(process, -signal.SIGKILL)
+
+
+def send(number):
+  def fault(chance, model_dir):
+    process = run_until(chance, model_dir, '--save_checkpoints_secs=600')
     process.send_signal(number)
-    return end(process, *statuses)
+    printed, log = helpers.finish(process)
+    assert process.returncode in (0, 128 + number, -number), log
+    if process.returncode == 128 + number and 'Stopped after' in log:
+      assert_stopped_where_it_says(model_dir, log.splitlines())
+    return printed.splitlines()
   return fault
 
 
@@ -222,10 +168,9 @@ def second_run(chance, model_dir):
 
 
 def flags_that_must_not_matter(chance, model_dir):
-  process = helpers.start(helpers.train_command(
+  return end(helpers.start(helpers.train_command(
       model_dir, f'--save_checkpoints_secs={chance.randint(0, 9)}',
-      chance.choice(['--verbosity=0', '--num_gpus=0', '--xla=off'])))
-  return end(process)
+      chance.choice(['--verbosity=0', '--num_gpus=0', '--xla=off']))))
 
 
 def damage(chance, model_dir):
@@ -245,10 +190,7 @@ def damage(chance, model_dir):
 
 
 FAULTS = [
-    send(signal.SIGKILL, -signal.SIGKILL),
-    send(signal.SIGTERM, 143, -signal.SIGTERM),
-    send(signal.SIGINT, 130, -signal.SIGINT),
-    send(signal.SIGHUP, 129, -signal.SIGHUP),
+    kill, kill, *map(send, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)),
     stop_and_continue, second_run, flags_that_must_not_matter, damage, damage]
 
 
@@ -258,6 +200,5 @@ def test_ten_random_faults(tmp_path, undisturbed, seed):
   """After all of them the run ends with the undisturbed run's bits."""
   chance, printed = random.Random(seed), []
   for _ in range(10):
-    fault = chance.choice(FAULTS)
-    printed += fault(chance, tmp_path)
+    printed += chance.choice(FAULTS)(chance, tmp_path)
   assert_goes_on_to_the_same(tmp_path, undisturbed, printed)
