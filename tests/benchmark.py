@@ -4,8 +4,8 @@
 
 All rows are measured in turn and the turn is repeated, so that a machine that
 slows down meets all of them. A figure is the median over the repeats, and so is
-a ratio: of the ratio within each. Each function says what its timer covers.
-Generated records in files of the real sizes stand in for CIFAR-10.
+a ratio: of the ratio within each. Generated records in files of the real sizes
+stand in for CIFAR-10.
 
 Measured with ResNet-32, batch 128, fp32, TensorFlow 2.21.0, Keras 3.15.1,
 Python 3.11.7 on two cores of an AMD EPYC with AVX-512, five turns of 4 seconds,
@@ -30,8 +30,8 @@ the speed with 8 GPUs, 63 % with 64 on 8 machines; for ResNet-110 99 and 83 %.
 
 from collections.abc import Callable
 import contextlib
+import dataclasses
 import functools
-import itertools
 import os
 import platform
 import re
@@ -77,31 +77,32 @@ def write_records(data_dir: str, num_records: int = 10000) -> None:
 def one_record_at_a_time(data_dir: str, batch_size: int) -> tf.data.Dataset:
   """Returns the training input as the original made it, one image by one."""
 
-  def parse(record):
-    record = tf.io.decode_raw(record, tf.uint8)
-    label = tf.one_hot(tf.cast(record[0], tf.int32), cifar10_main.NUM_CLASSES)
-    image = tf.transpose(tf.reshape(record[1:], [3, 32, 32]), [1, 2, 0])
-    return tf.cast(image, tf.float32), label
-
-  def augment(image, label):
-    image = tf.image.resize_with_crop_or_pad(image, 40, 40)
-    image = tf.image.random_crop(image, [32, 32, 3])
-    return tf.image.random_flip_left_right(image), label
-
-  def standardize(image, label):
-    return tf.image.per_image_standardization(image), label
+  def parse_and_augment(record):
+    images, labels = cifar10_main.dataset_parser(
+        tf.io.decode_raw(record, tf.uint8)[tf.newaxis])
+    image = tf.image.resize_with_crop_or_pad(images[0], 40, 40)
+    image = tf.image.random_crop(tf.cast(image, tf.float32), [32, 32, 3])
+    return tf.image.random_flip_left_right(image), labels[0]
 
   dataset = tf.data.FixedLengthRecordDataset(
       cifar10_main.filenames('train', data_dir), cifar10.RECORD_BYTES)
-  dataset = dataset.repeat().map(parse).map(augment)
+  dataset = dataset.repeat().map(parse_and_augment)
   dataset = dataset.shuffle(cifar10_main.SHUFFLE_RECORDS + 3 * batch_size)
-  return dataset.map(standardize).batch(batch_size).prefetch(1)
+  dataset = dataset.map(lambda image, label: (
+      tf.image.per_image_standardization(image), label))
+  return dataset.batch(batch_size).prefetch(1)
 
 
-def keras_network(resnet_size: int) -> keras.Model:
-  """Builds the same network from Keras layers, weight decay included."""
+def keras_network(settings: cifar10_main.Settings) -> keras.Model:
+  """Builds the same network from Keras layers, weight decay included.
+
+  It is compiled with our settings: by itself Keras takes XLA on a CPU too.
+  """
   layers = keras.layers
   decay = keras.regularizers.L2(cifar10_main.WEIGHT_DECAY / 2)
+  dtype = cifar10_main.DTYPES[settings.dtype]
+  keras.config.set_dtype_policy(
+      dtype if dtype == 'float32' else f'mixed_{dtype}')
 
   def batch_norm_relu(x):
     return layers.ReLU()(layers.BatchNormalization(
@@ -119,7 +120,7 @@ def keras_network(resnet_size: int) -> keras.Model:
   inputs = keras.Input([32, 32, 3])
   x = conv2d(inputs, 16, 3)
   for filters, strides in resnet_model.BLOCK_LAYERS:
-    for i in range((resnet_size - 2) // 6):
+    for i in range((settings.resnet_size - 2) // 6):
       h = batch_norm_relu(x)
       x = x if i else conv2d(h, filters, 1, strides)
       h = conv2d(h, filters, 3, 1 if i else strides)
@@ -127,237 +128,176 @@ def keras_network(resnet_size: int) -> keras.Model:
   x = layers.GlobalAveragePooling2D()(batch_norm_relu(x))
   outputs = layers.Dense(cifar10_main.NUM_CLASSES, dtype='float32',
                          kernel_regularizer=decay, bias_regularizer=decay)(x)
-  return keras.Model(inputs, outputs)
+  network = keras.Model(inputs, outputs)
+  network.compile(
+      keras.optimizers.SGD(
+          cifar10_main.INITIAL_LEARNING_RATE, cifar10_main.MOMENTUM),
+      keras.losses.CategoricalCrossentropy(from_logits=True),
+      metrics=['accuracy'], jit_compile=cifar10_main.uses_xla(settings.xla))
+  return network
 
 
-class Benchmark:
-  """One network, its data and all that is measured with them."""
+def measures(settings: cifar10_main.Settings, seconds: float
+             ) -> list[Callable[[], dict[str, float]]]:
+  """Returns the functions that measure one or more rows each."""
+  batch_size = settings.batch_size
+  train_data = cifar10_main.prefetch_to_gpu(
+      cifar10_main.input_fn('train', settings))
+  eval_data = cifar10_main.input_fn('eval', settings)
+  batch, bare = next(iter(train_data)), {}
+  state = cifar10_main.make_state(settings)
+  inner_loop = cifar10_main.make_inner_loop(state)
+  train_step = cifar10_main.make_train_step(state)
+  eval_step = cifar10_main.make_eval_step(state)
+  inference = tf.function(functools.partial(
+      cifar10_main.cifar10_model_fn, mode='eval', state=state))
+  fit = functools.partial(keras_network(settings).fit, train_data,
+                          shuffle=False, verbose=0)
 
-  def __init__(self, values: flags.FlagValues, folder: str):
-    self._size, self._batch = values.resnet_size, values.batch_size
-    self._dtype, self._seconds = values.dtype, values.seconds
-    self._xla_flag = values.xla
-    self._xla = cifar10_main.uses_xla(values.xla)
-    self._folder = folder
-    write_records(folder)
-    self._train_data = cifar10_main.prefetch_to_gpu(
-        cifar10_main.input_fn('train', self._settings()))
-    self._eval_data = cifar10_main.input_fn('eval', self._settings())
-    self._state = state = cifar10_main.make_state(self._settings())
-    self.setting = (
-        f'ResNet-{self._size}, batch {self._batch}, {self._dtype}, XLA '
-        f'{"on" if self._xla else "off"}, {state.network.data_format}')
-    self._inner_loop = cifar10_main.make_inner_loop(state)
-    self._step = cifar10_main.make_train_step(state)
-    self._evaluation_step = cifar10_main.make_eval_step(state)
-    self._eval_step = tf.function(functools.partial(
-        cifar10_main.cifar10_model_fn, mode='eval', state=state))
-    self._one_batch = next(iter(self._train_data))
-    self._keras_network = self._compiled_keras_network()
-
-  def _compiled_keras_network(self):
-    """Compiles Keras with our settings: by itself it takes XLA on a CPU too."""
-    keras.config.set_dtype_policy({
-        'fp32': 'float32', 'bf16': 'mixed_bfloat16', 'fp16': 'mixed_float16',
-    }[self._dtype])
-    network = keras_network(self._size)
-    network.compile(
-        keras.optimizers.SGD(
-            keras.optimizers.schedules.PiecewiseConstantDecay(
-                cifar10_main.learning_rate_boundaries(self._batch),
-                [cifar10_main.INITIAL_LEARNING_RATE * self._batch / 128 * decay
-                 for decay in cifar10_main.LEARNING_RATE_DECAYS]),
-            cifar10_main.MOMENTUM),
-        keras.losses.CategoricalCrossentropy(from_logits=True),
-        metrics=['accuracy'],
-        jit_compile=self._xla)
-    return network
-
-  def _settings(self, **changes) -> cifar10_main.Settings:
-    return cifar10_main.Settings(
-        **{'data_dir': self._folder, 'resnet_size': self._size,
-           'batch_size': self._batch, 'dtype': self._dtype,
-           'xla': self._xla_flag, **changes})
-
-  def measures(self) -> list[Callable[[], dict[str, float]]]:
-    """Returns the functions that measure one or more rows each."""
-    return [self.reference_input, self.input, self.bare_step, self.loop,
-            self.keras_fit, self.bare_inference, self.evaluation,
-            self.cycle_changes, self.start]
-
-  def _input(self, name: str, dataset: tf.data.Dataset) -> dict[str, float]:
-    started = time.perf_counter()
-    iterator = iter(dataset)
-    next(iterator)
-    first = time.perf_counter() - started
-    return {f'{name}, first batch [s]': first,
-            name: self._rate(lambda: next(iterator))}
-
-  def _rate(self, function: Callable) -> float:
+  def rate(function):
     """Returns the images/s of a function that takes a batch each time."""
+    function()
     count, started = 0, time.perf_counter()
-    while time.perf_counter() < started + self._seconds:
+    while time.perf_counter() < started + seconds:
       result = function()
       count += 1
     tf.nest.flatten(result)[0].numpy()  # waits, on a GPU
-    return count * self._batch / (time.perf_counter() - started)
+    return count * batch_size / (time.perf_counter() - started)
 
-  def reference_input(self) -> dict[str, float]:
-    """From the start of an iteration to its first batch, then on from there."""
-    return self._input('input pipeline, one at a time',
-                       one_record_at_a_time(self._folder, self._batch))
+  def steps():
+    """Returns how many steps to time: as many as bare ones in the seconds."""
+    return max(2, round(seconds * bare['bare training step'] / batch_size))
 
-  def input(self) -> dict[str, float]:
-    """The same of input_fn, which has read the files: a part of the start."""
-    return self._input('input pipeline', self._train_data)
+  def measure_step():
+    """Steps on one batch in memory, nothing looked at between."""
+    bare['bare training step'] = rate(lambda: train_step(*batch)['loss'])
+    return bare
 
-  def bare_step(self) -> dict[str, float]:
-    """Training steps on one batch in memory, nothing looked at between."""
-    step = functools.partial(self._step, *self._one_batch)
-    step()
-    return {'bare training step': self._rate(lambda: step()['loss'])}
+  def measure_input(name, dataset):
+    """From the start of an iteration to its first batch, then on from there.
 
-  def loop(self) -> dict[str, float]:
+    That of input_fn has read the files before: a part of the start.
+    """
+    started, iterator = time.perf_counter(), iter(dataset)
+    next(iterator)
+    return {f'{name}, first batch [s]': time.perf_counter() - started,
+            name: rate(lambda: next(iterator))}
+
+  def measure_loop():
     """The loop with input, hooks, log and summaries, without its first step."""
-    writer = tf.summary.create_file_writer(self._folder)
-    hooks = [cifar10_main.log_values,
-             functools.partial(cifar10_main.write_summaries, writer)]
+    hooks = [cifar10_main.log_values, functools.partial(
+        cifar10_main.write_summaries,
+        tf.summary.create_file_writer(settings.data_dir))]
+    ends = []
+    state.settings = dataclasses.replace(settings, train_steps=steps() + 1)
+    state.global_step.assign(0)
+    with mock.patch.multiple(
+        cifar10_main, make_inner_loop=lambda state: timed(inner_loop, ends),
+        evaluate=lambda *_: (None, None), write_evaluation=mock.DEFAULT):
+      cifar10_main.run_cycles(
+          state, train_data, None, mock.Mock(), None, lambda: False, hooks)
+    return {'training loop': steps() * batch_size / (ends[-1] - ends[0])}
 
-    def seconds_for(num_steps):
-      """From the end of the first step to that of the last."""
-      started = []
-
-      def inner_loop(*args):
-        values = self._inner_loop(*args)
-        if not started:
-          values['loss'].numpy()  # waits, on a GPU
-          started.append(time.perf_counter())
-        return values
-
-      settings = self._settings(train_steps=num_steps + 1)
-      state = self._state
-      state.settings = settings
-      state.global_step.assign(0)
-      with mock.patch.multiple(
-          cifar10_main, make_inner_loop=lambda state: inner_loop,
-          evaluate=lambda *_: (None, None), write_evaluation=mock.DEFAULT):
-        cifar10_main.run_cycles(
-            state, self._train_data, None, mock.Mock(), None, lambda: False,
-            hooks)
-      return time.perf_counter() - started[0]
-
-    steps = max(2, round(self._seconds / seconds_for(1)))
-    return {'training loop': steps * self._batch / seconds_for(steps)}
-
-  def keras_fit(self) -> dict[str, float]:
+  def measure_keras():
     """`fit` on the same input, from the end of its second step on."""
-    times = []
-    callback = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: times.append(
-            time.perf_counter()))
-    fit = functools.partial(self._keras_network.fit, self._train_data,
-                            callbacks=[callback], shuffle=False, verbose=0)
-    fit(steps_per_epoch=4)
-    steps = max(4, round(self._seconds / (times[-1] - times[-2])))
-    del times[:]
-    fit(steps_per_epoch=steps)
-    seconds = times[-1] - times[1]
-    return {'Keras fit': (steps - 2) * self._batch / seconds}
+    ends = []
+    fit(steps_per_epoch=steps() + 2, callbacks=[
+        keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: (
+            ends.append(time.perf_counter())))])
+    return {'Keras fit': steps() * batch_size / (ends[-1] - ends[1])}
 
-  def bare_inference(self) -> dict[str, float]:
-    """The network and its loss on one batch in memory, without training."""
-    step = functools.partial(self._eval_step, *self._one_batch)
-    step()
-    return {'bare inference': self._rate(lambda: step()['loss'])}
-
-  def evaluation(self) -> dict[str, float]:
+  def measure_evaluation():
     """All 10,000 images, from the call of evaluate to its results."""
     started = time.perf_counter()
-    cifar10_main.evaluate(self._evaluation_step, self._eval_data, 'none', 0)
-    num_images = cifar10.RECORDS_PER_FILE
-    return {'evaluation': num_images / (time.perf_counter() - started)}
+    cifar10_main.evaluate(eval_step, eval_data, 'none', 0)
+    return {'evaluation': 10000 / (time.perf_counter() - started)}
 
-  def cycle_changes(self) -> dict[str, float]:
-    """Two short cycles of a new run that evaluates a single batch.
+  partial = functools.partial
+  return [
+      partial(measure_input, 'input pipeline, one at a time',
+              one_record_at_a_time(settings.data_dir, batch_size)),
+      partial(measure_input, 'input pipeline', train_data),
+      measure_step, measure_loop, measure_keras,
+      lambda: {'bare inference': rate(lambda: inference(*batch)['loss'])},
+      measure_evaluation, partial(measure_cycle_changes, settings),
+      partial(measure_start, settings)]
 
-    Each change lasts from the end of the last step, or of the evaluation, to
-    the end of the first evaluation batch or step that follows: saving, tracing
-    and the first batch of the input count. The longest of its kind is returned.
-    """
-    ends = []
 
-    def timed(what, make):
-      def make_timed(*args):
-        function = make(*args)
-        def call(*args):
-          result = tf.nest.map_structure(
-              lambda value: value.numpy(), function(*args))  # waits, on a GPU
-          ends.append((what, time.perf_counter()))
-          return tf.nest.map_structure(tf.constant, result)
-        return call
-      return make_timed
+def timed(function: Callable, ends: list[float]) -> Callable:
+  """Returns a function that waits for its results and appends the time."""
+  def call(*args):
+    result = tf.nest.map_structure(lambda value: value.numpy(), function(*args))
+    ends.append(time.perf_counter())
+    return tf.nest.map_structure(tf.constant, result)
+  return call
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(
-        cifar10_main,
-        make_inner_loop=timed('train', cifar10_main.make_inner_loop),
-        make_eval_step=timed('evaluate', cifar10_main.make_eval_step)):
-      write_records(folder, self._batch)
-      cifar10_main.train_and_evaluate(self._settings(
-          data_dir=folder, model_dir=os.path.join(folder, 'model'),
-          train_steps=6, steps_per_eval=3))
-    changes = {'train': [], 'evaluate': []}
-    for (before, start), (what, end) in itertools.pairwise(ends):
-      if what != before:
-        changes[what].append(end - start)
-    return {'last step to first evaluation batch [s]': max(changes['evaluate']),
-            'evaluation to next step [s]': max(changes['train'])}
 
-  def start(self) -> dict[str, float]:
-    """Processes that import TensorFlow, or run the script for two cycles.
+def measure_cycle_changes(settings: cifar10_main.Settings) -> dict[str, float]:
+  """Two short cycles of a new run that evaluates a single batch.
 
-    Times are from their start to the end of the import, or to the first logged
-    step, of which the import's is taken off. So are the peaks of memory.
-    """
-    imported, imported_peak = seen_in_output(
-        [sys.executable, '-c',
-         'import sys, tensorflow; print("done", flush=True); sys.stdin.read()'],
-        'done')[0]
-    with tempfile.TemporaryDirectory() as model_dir:
-      (first, _), (_, peak) = seen_in_output(
-          [sys.executable, cifar10_main.__file__,
-           f'--data_dir={self._folder}', f'--model_dir={model_dir}',
-           f'--resnet_size={self._size}', f'--batch_size={self._batch}',
-           f'--dtype={self._dtype}', f'--xla={self._xla_flag}',
-           '--train_steps=6', '--steps_per_eval=3'],
-          ', step = 1\n', "'global_step': 6")
-    return {'import tensorflow [s]': imported,
-            'from there to the first logged step [s]': first - imported,
-            'import tensorflow, peak memory [GB]': imported_peak,
-            'whole run, peak memory above that [GB]': peak - imported_peak}
+  A change lasts from the end of the last step, or of the evaluation, to the end
+  of the evaluation batch or step that follows: saving, tracing and the first
+  batch of the input count. Of the two evaluations, the longer change is taken.
+  """
+  steps, evaluations = [], []
+  make_inner_loop = cifar10_main.make_inner_loop
+  make_eval_step = cifar10_main.make_eval_step
+  with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(
+      cifar10_main,
+      make_inner_loop=lambda state: timed(make_inner_loop(state), steps),
+      make_eval_step=lambda state: timed(make_eval_step(state), evaluations)):
+    write_records(folder, settings.batch_size)
+    cifar10_main.train_and_evaluate(dataclasses.replace(
+        settings, data_dir=folder, model_dir=os.path.join(folder, 'model'),
+        train_steps=6, steps_per_eval=3))
+  first, second = evaluations
+  before = max(end for end in steps if end < first)
+  after = min(end for end in steps if end > first)
+  return {'last step to first evaluation batch [s]': max(
+              first - before, second - steps[-1]),
+          'evaluation to next step [s]': after - first}
+
+
+def measure_start(settings: cifar10_main.Settings) -> dict[str, float]:
+  """Processes that import TensorFlow, or run the script for two cycles.
+
+  Times are from their start to the end of the import, or to the first logged
+  step, of which the import's is taken off. So are the peaks of memory.
+  """
+  (imported, imported_peak), = seen_in_output(
+      [sys.executable, '-c',
+       'import sys, tensorflow; print("done", flush=True); sys.stdin.read()'],
+      'done')
+  with tempfile.TemporaryDirectory() as model_dir:
+    values = vars(settings) | {
+        'model_dir': model_dir, 'train_steps': 6, 'steps_per_eval': 3}
+    (first, _), (_, peak) = seen_in_output(
+        [sys.executable, cifar10_main.__file__, *(
+            f'--{name}={value}' for name, value in values.items()
+            if value is not None)], ', step = 1\n', "'global_step': 6")
+  return {'import tensorflow [s]': imported,
+          'from there to the first logged step [s]': first - imported,
+          'import tensorflow, peak memory [GB]': imported_peak,
+          'whole run, peak memory above that [GB]': peak - imported_peak}
 
 
 def seen_in_output(command: list[str],
                    *texts: str) -> list[tuple[float, float]]:
   """Runs a command until its output has shown the texts, one after another.
 
-  Returns:
-    For each text, the seconds from the start and the peak memory in GB by then.
+  Returns, for each text, the seconds until then and the peak memory in GB.
   """
-  started = time.perf_counter()
+  started, seen = time.perf_counter(), []
   process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-  seen = []
-  for line in process.stdout:
-    if texts[len(seen)] in line:
-      seconds = time.perf_counter() - started
-      with open(f'/proc/{process.pid}/status', encoding='ascii') as status:
-        kilobytes = re.search(r'VmHWM:\s+(\d+)', status.read()).group(1)
-      seen.append((seconds, int(kilobytes) * 1024 / 1e9))
-      if len(seen) == len(texts):
-        break
+  for text in texts:
+    if not any(text in line for line in process.stdout):  # reads up to it
+      raise RuntimeError(f'{command} has not printed {text!r}')
+    seconds = time.perf_counter() - started
+    with open(f'/proc/{process.pid}/status', encoding='ascii') as status:
+      kilobytes = re.search(r'VmHWM:\s+(\d+)', status.read()).group(1)
+    seen.append((seconds, int(kilobytes) * 1024 / 1e9))
   process.communicate()
-  if len(seen) < len(texts):
-    raise RuntimeError(f'{command} has not printed {texts[len(seen)]!r}')
   return seen
 
 
@@ -378,39 +318,36 @@ def table(results: dict[str, list[float]]) -> str:
   return '\n'.join(lines)
 
 
-def define_flags() -> None:
-  """Defines the flags, of which four are those of the script."""
-  flags.DEFINE_integer('resnet_size', 32, 'Depth of the network.')
-  flags.DEFINE_integer('batch_size', 128, 'Images per batch.')
-  flags.DEFINE_enum('dtype', 'fp32', list(cifar10_main.DTYPES),
-                    'Numbers in the convolutions.')
-  flags.DEFINE_enum('xla', 'auto', ['auto', 'on', 'off'],
-                    'Compile the training step by XLA.')
-  flags.DEFINE_float('seconds', 5, 'Time for each figure.', lower_bound=0)
-  flags.DEFINE_integer('repeats', 5, 'Turns of all rows.', lower_bound=1)
-
-
 def main(argv: list[str]) -> None:
-  del argv  # not used
-  logging.set_verbosity(logging.INFO)
-  results = {}
+  values, results = flags.FLAGS, {}
   with tempfile.TemporaryDirectory() as folder:
+    settings = cifar10_main.Settings(
+        folder, resnet_size=values.resnet_size, batch_size=values.batch_size,
+        dtype=values.dtype, xla=values.xla)
+    write_records(folder)
     # Log lines cost what they cost, but are not to be seen here.
+    logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().use_absl_log_file('benchmark', folder)
-    benchmark = Benchmark(flags.FLAGS, folder)
-    for repeat in range(flags.FLAGS.repeats):
-      for measure in benchmark.measures():
-        print(f'\r{repeat + 1} of {flags.FLAGS.repeats}: '
-              f'{measure.__name__:20}', end='', file=sys.stderr, flush=True)
-        with contextlib.redirect_stdout(None):
-          for name, value in measure().items():
-            results.setdefault(name, []).append(value)
-  print(file=sys.stderr)
-  print(f'{benchmark.setting}; {platform.machine()}, {os.cpu_count()} cores; '
+    functions = measures(settings, values.seconds)
+    for i, measure in enumerate(functions * values.repeats):
+      print(f'\r{i} of {len(functions) * values.repeats}', end='',
+            file=sys.stderr, flush=True)
+      with contextlib.redirect_stdout(None):
+        for name, value in measure().items():
+          results.setdefault(name, []).append(value)
+  network = cifar10_main.make_state(settings).network
+  print(f'\r{network}, batch {settings.batch_size}, XLA '
+        f'{"on" if cifar10_main.uses_xla(settings.xla) else "off"}; '
+        f'{platform.machine()}, {os.cpu_count()} cores; '
         f'TensorFlow {tf.__version__}, Keras {keras.__version__}, '
         f'Python {platform.python_version()}\n\n{table(results)}')
 
 
 if __name__ == '__main__':
-  define_flags()
+  flags.DEFINE_integer('resnet_size', 32, 'Depth of the network.')
+  flags.DEFINE_integer('batch_size', 128, 'Images per batch.')
+  flags.DEFINE_string('dtype', 'fp32', 'Numbers in the convolutions.')
+  flags.DEFINE_string('xla', 'auto', 'Compile the training step by XLA.')
+  flags.DEFINE_float('seconds', 5, 'Time for each figure.', lower_bound=0)
+  flags.DEFINE_integer('repeats', 5, 'Turns of all rows.', lower_bound=1)
   app.run(main)

@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 import pickle
+import shutil
 import signal
 import subprocess
 import time
@@ -95,6 +96,12 @@ def trained(tmp_path_factory):
   with contextlib.redirect_stdout(io.StringIO()) as printed:
     helpers.run(folder / 'data', folder / 'model', train_steps=8, seed=1)
   return Trained(folder / 'model', printed.getvalue().splitlines())
+
+
+@pytest.fixture
+def model_dir(tmp_path, trained):
+  """A copy of the folder of `trained`: checkpoints of steps 0, 4 and 8."""
+  return shutil.copytree(trained.model_dir, tmp_path / 'model')
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import http.server
 import os
 import pty
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -27,16 +28,6 @@ NUMBER = r'-?\d+(?:\.\d+)?(?:e[+-]?\d+)?'
 
 
 # ------------------------------------------------------------------ data
-
-
-def numbered_records(count):
-  """Makes records whose first red values are the record's number in digits."""
-  numbers = np.arange(count)
-  records = np.zeros([count, cifar10.RECORD_BYTES], np.uint8)
-  records[:, 0] = numbers % 10
-  records[:, 1] = numbers // 100
-  records[:, 2] = numbers % 100
-  return records
 
 
 def write_data(data_dir, train_records, test_records):
@@ -156,15 +147,15 @@ def tensors(path):
           for key in reader.get_variable_to_shape_map()}
 
 
-def place_originals_checkpoint(model_dir):
-  """Makes a folder as the 2017 script left it, moved here from elsewhere."""
+def place_originals_checkpoint(model_dir, named='/elsewhere'):
+  """Makes a folder as the 2017 script left it in another place, now here."""
   model_dir.mkdir()
   for ending in ('.index', '.data-00000-of-00001'):
-    with open(GOLDEN + '.ckpt' + ending, 'rb') as file:
-      (model_dir / f'model.ckpt-312510{ending}').write_bytes(file.read())
+    shutil.copy(GOLDEN + '.ckpt' + ending,
+                model_dir / f'model.ckpt-312510{ending}')
   (model_dir / 'checkpoint').write_text(
-      'model_checkpoint_path: "/elsewhere/model.ckpt-312510"\n'
-      'all_model_checkpoint_paths: "/elsewhere/model.ckpt-312510"\n')
+      f'model_checkpoint_path: "{named}/model.ckpt-312510"\n'
+      f'all_model_checkpoint_paths: "{named}/model.ckpt-312510"\n')
 
 
 def difference(ours, theirs):

@@ -1,18 +1,17 @@
 """Tests of the loop: what it trains, logs, evaluates and saves, and when."""
 
-import ast
-import functools
 import itertools
+import os
 import re
-import shutil
+import signal
+import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing import (
-    event_accumulator,
-    plugin_event_accumulator,
-)
+from tensorboard import plugin_util
+from tensorboard.backend.event_processing import plugin_event_accumulator
 import tensorflow as tf
 
 import cifar10_download_and_extract as cifar10
@@ -22,11 +21,14 @@ from tests import helpers
 
 @pytest.fixture
 def log_steps(monkeypatch):
-  return functools.partial(monkeypatch.setattr, cifar10_main, 'LOG_STEPS')
+  return lambda steps: monkeypatch.setattr(cifar10_main, 'LOG_STEPS', steps)
 
 
 def read_events(folder):
-  return event_accumulator.EventAccumulator(str(folder)).Reload()
+  """Returns the events of a folder and their steps by tag."""
+  events = plugin_event_accumulator.EventAccumulator(str(folder)).Reload()
+  return events, {tag: [event.step for event in events.Tensors(tag)]
+                  for tag in events.Tags()['tensors']}
 
 
 def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys, log_steps):
@@ -49,10 +51,9 @@ def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys, log_steps):
   assert logged(r'Saving checkpoints for (\d+) into (.*)\.') == [
       (str(step), f'{model_dir}/model.ckpt') for step in (0, 25, 29)]
   assert len(logged(rf'Loss for final step: {number}\.')) == 2
-  assert len(logged(
-      r'Starting evaluation at \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d')) == 2
-  assert len(logged(
-      r'Finished evaluation at \d{4}-\d\d-\d\d-\d\d:\d\d:\d\d')) == 2
+  for begins, between in (('Starting', 'T'), ('Finished', '-')):
+    assert len(logged(rf'{begins} evaluation at \d{{4}}-\d\d-\d\d{between}'
+                      r'\d\d:\d\d:\d\d')) == 2
   assert logged(r'Restoring parameters from (.*)') == [
       (f'{model_dir}/model.ckpt-{step}',) for step in (25, 29)]
   results = logged(
@@ -65,15 +66,12 @@ def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys, log_steps):
   assert [(accuracy, loss, step) for step, accuracy, _, loss in results
           ] == printed
 
-  train = read_events(model_dir)
-  tags = train.Tags()['tensors']
-  assert set(tags) == {'cross_entropy', 'learning_rate', 'train_accuracy',
-                       'loss', 'global_step/sec', 'images/sec', 'images',
-                       'accuracy', 'run'}
-  for tag in tags:
-    expected = {'global_step/sec': [11, 21], 'images/sec': [11, 21],
-                'run': [0]}.get(tag, [1, 11, 21, 26])
-    assert [event.step for event in train.Tensors(tag)] == expected
+  train, steps = read_events(model_dir)
+  always, paced = [1, 11, 21, 26], [11, 21]
+  assert steps == {
+      'cross_entropy': always, 'learning_rate': always, 'loss': always,
+      'train_accuracy': always, 'accuracy': always, 'images': always,
+      'global_step/sec': paced, 'images/sec': paced, 'run': [0]}
   for event, (loss, *_) in zip(train.Tensors('loss'), lines):
     assert tf.make_ndarray(event.tensor_proto) == np.float32(loss)
   # Width, height and then the pictures themselves.
@@ -84,109 +82,99 @@ def test_log_prints_and_summaries(data_dir, tmp_path, log, capsys, log_steps):
   assert picture.shape == [32, 32, 3]
   assert (picture.numpy().min(), picture.numpy().max()) == (0, 255)
 
-  test = read_events(model_dir / 'eval')
-  assert set(test.Tags()['tensors']) == {
-      'accuracy', 'loss', 'confusion_matrix',
-      *(f'per_class/{name}' for name in cifar10.CLASSES)}
-  for tag in test.Tags()['tensors']:
-    assert [event.step for event in test.Tensors(tag)] == [25, 29]
+  tags = ('accuracy', 'loss', 'confusion_matrix',
+          *(f'per_class/{name}' for name in cifar10.CLASSES))
+  assert read_events(model_dir / 'eval')[1] == {tag: [25, 29] for tag in tags}
   text = tf.make_ndarray(train.Tensors('run')[0].tensor_proto).item()
   for expected in (r'--batch_size\|10', r'seed\|\d+', 'ResNet-8',
                    rf'TensorFlow\|{tf.__version__}', r'device\|.*CPU'):
     assert re.search(expected, text.decode())
 
 
-def test_tensorboard_forgets_what_is_trained_again(
-    data_dir, tmp_path, log_steps, capsys):
-  """After step 8 the run goes on from step 4: no value stands there twice."""
-  log_steps(1)
-  helpers.run(data_dir, tmp_path, train_steps=8)
-  for path in tmp_path.glob('model.ckpt-8.*'):
-    path.unlink()
-  time.sleep(1)  # the files of events are ordered by seconds
-  helpers.run(data_dir, tmp_path, train_steps=8)
-  for folder, tag, steps in ((tmp_path, 'loss', range(1, 9)),
-                             (tmp_path / 'eval', 'accuracy', (4, 8))):
-    events = plugin_event_accumulator.EventAccumulator(str(folder)).Reload()
-    assert [event.step for event in events.Tensors(tag)] == list(steps)
+def test_tables_are_tables_in_tensorboard():
+  table = cifar10_main.markdown_table(
+      ['what', 'value'], ('network', 'ResNet-8'), ('--seed', np.int64(3)))
+  html = plugin_util.markdown_to_safe_html(table)
+  assert [html.count(f'<{tag}>') for tag in ('table', 'th', 'td')] == [1, 2, 4]
+  assert '<td>--seed</td>\n<td>3</td>' in html
 
 
-def test_hooks_see_what_is_logged_and_can_stop_the_run(
-    data_dir, tmp_path, log, log_steps):
+@pytest.mark.parametrize('is_file', [False, True])
+def test_events_that_cannot_be_written(
+    data_dir, tmp_path, monkeypatch, log, capsys, is_file):
+  """The run trains, evaluates and saves without them; it says so once."""
+  model_dir = tmp_path / 'model'
+  if is_file:
+    model_dir.mkdir()
+    (model_dir / 'eval').touch()
+  else:
+    monkeypatch.setattr(tf.summary, 'scalar', mock.Mock(
+        side_effect=tf.errors.ResourceExhaustedError(None, None, 'No space')))
+  assert helpers.run(data_dir, model_dir)
+  assert "'global_step': 4}" in capsys.readouterr().out
+  assert (model_dir / 'model.ckpt-4.index').exists()
+  expected = 'No events for TensorBoard in' if is_file else 'TensorBoard misses'
+  assert len([line for line in log if expected in line]) == 1
+
+
+def test_hooks_see_what_is_logged(
+    data_dir, tmp_path, log, log_steps, usual_signals):
+  """A notebook's stop button, the first KeyboardInterrupt, saves and ends."""
   log_steps(3)
   seen = []
   assert not helpers.run(
-      data_dir, tmp_path / 'model', lambda: len(seen) == 6, train_steps=400,
-      steps_per_eval=400, hooks=[lambda *values: seen.append(values)] * 2)
-  assert [step for step, _ in seen] == [1, 1, 4, 4, 7, 7]
-  always = {'cross_entropy', 'loss', 'learning_rate', 'train_accuracy',
-            'images'}
-  assert always <= seen[0][1].keys()
-  assert not {'seconds', 'global_step/sec'} & seen[0][1].keys()
-  assert always | {'seconds', 'global_step/sec', 'images/sec'} <= (
-      seen[-1][1].keys())
-  for step, values in seen[::2]:
-    assert any(line.startswith(f'loss = {values["loss"]!s}, step = {step}')
-               for line in log)
+      data_dir, tmp_path / 'model', None, train_steps=400, steps_per_eval=400,
+      hooks=[lambda *values: seen.append(values),
+             lambda step, _: step == 7 and signal.raise_signal(signal.SIGINT)])
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
   assert f'Stopped after step 7, saved as {tmp_path}/model/model.ckpt-7' in (
       log[-1])
+  assert [step for step, _ in seen] == [1, 4, 7]
+  always = {'cross_entropy', 'loss', 'learning_rate', 'train_accuracy',
+            'images'}
+  paced = {'seconds', 'global_step/sec', 'images/sec'}
+  assert seen[0][1].keys() & (always | paced) == always
+  assert seen[-1][1].keys() >= always | paced
+  for step, values in seen:
+    assert any(line.startswith(f'loss = {values["loss"]!s}, step = {step}')
+               for line in log)
 
 
-def run_cycles(monkeypatch, inner_loop, **changes):
-  """Runs a stand-in for the inner loop; returns what the hooks are given."""
-  monkeypatch.setattr(cifar10_main, 'make_inner_loop', lambda _: inner_loop)
-  for name in ('save', 'evaluate', 'write_evaluation'):
-    owner = cifar10_main.Checkpoints if name == 'save' else cifar10_main
-    monkeypatch.setattr(owner, name, lambda *_: ({}, None))
-  seen = []
-  assert cifar10_main.run_cycles(
-      helpers.make_state(**changes), [], None,
-      cifar10_main.Checkpoints('unused'), None, lambda: False,
-      hooks=[lambda *values: seen.append(values)])
-  return seen
-
-
-def test_train_accuracy_is_the_mean_over_logged_batches(monkeypatch):
-  step = 0
-  # Of steps 1 and 101, 20 and 33 right of 128; the others do not count.
-  correct = {1: 20, 101: 33}
+def test_pieces_and_train_accuracy(monkeypatch):
+  """Pieces take about a second: between them, clock and signals are looked at.
+  The accuracy is the mean over the logged batches of a cycle.
+  """
+  step, clock = 0, 0.0
+  correct = {1: 20, 101: 33}  # of 128; other batches do not count
 
   def inner_loop(iterator, num_steps):
-    nonlocal step
+    nonlocal step, clock
     step += num_steps.numpy()
+    clock += 0.125 * num_steps.numpy()
     values = {'correct': correct.get(step, 128), 'finite_steps': num_steps,
               'loss': 2.0, 'cross_entropy': 1.0, 'learning_rate': 0.1}
     return {name: tf.constant(value) for name, value in values.items()}
 
-  seen = run_cycles(monkeypatch, inner_loop, train_steps=400,
-                    steps_per_eval=200, batch_size=128)
-  assert step == 400
-  assert {at: str(values['train_accuracy']) for at, values in seen} == {
-      1: '0.15625', 101: '0.20703125', 201: '1.0', 301: '1.0'}
-
-
-def test_pieces_take_about_a_second(monkeypatch):
-  """The clock and signals are looked at between them."""
-  clock = 0.0
-
-  def inner_loop(iterator, num_steps):
-    nonlocal clock
-    clock += 0.125 * num_steps.numpy()
-    values = {'correct': 1, 'finite_steps': num_steps, 'loss': 2.0}
-    return {name: tf.constant(value) for name, value in values.items()}
-
-  pieces = []
+  pieces, seen = [], {}
+  monkeypatch.setattr(cifar10_main, 'make_inner_loop', lambda _: inner_loop)
+  monkeypatch.setattr(cifar10_main, 'evaluate', lambda *_: ({}, None))
+  monkeypatch.setattr(cifar10_main, 'write_evaluation', mock.Mock())
   monkeypatch.setattr(cifar10_main.time, 'perf_counter', lambda: clock)
   monkeypatch.setattr(cifar10_main, 'show_progress',
                       lambda settings, *values: pieces.append(values))
-  run_cycles(monkeypatch, inner_loop, train_steps=110, steps_per_eval=108)
+  assert cifar10_main.run_cycles(
+      helpers.make_state(train_steps=210, steps_per_eval=108, batch_size=128),
+      [], None, mock.Mock(), None, lambda: False,
+      [lambda step, values: seen.update({step: str(values['train_accuracy'])})])
   # At first a single step, which is also traced; always up to a logged one, and
   # to the end of the cycle.
   steps, ends, seconds = zip(*pieces)
-  assert steps == (1, *range(9, 98, 8), 101, 108, 109, 110)
-  assert ends == (108,) * (len(steps) - 2) + (110, 110)
+  assert steps == (1, *range(9, 98, 8), 101, 108, 109, *range(117, 206, 8), 209,
+                   210)
+  assert ends == (108,) * 15 + (210,) * 15
   assert seconds[0] is None
   np.testing.assert_allclose(seconds[1:], 0.125)
+  assert seen == {1: '0.15625', 101: '0.20703125', 109: '1.0', 209: '1.0'}
 
 
 @pytest.mark.parametrize('xla', [
@@ -259,116 +247,80 @@ def test_batches_are_copied_to_a_gpu(data_dir, monkeypatch, capsys):
     assert features.backing_device.endswith('CPU:1')
 
 
-def test_resumes_and_ends(data_dir, tmp_path, log, capsys):
+def test_resumed_run_is_exact(data_dir, tmp_path, log, capsys, log_steps):
+  """An interruption changes no bit, log line or result. The seed is kept.
+
+  Interrupted cycles are finished first; what is trained is only evaluated.
+  """
+  log_steps(10)
   model_dir = tmp_path / 'model'
 
-  def run_to(train_steps, steps_per_eval):
-    """Returns the steps logged and saved, and what is printed."""
+  def run(model_dir, **changes):
+    """Returns what is logged, without times, saved and printed."""
     del log[:]
-    helpers.run(data_dir, model_dir, train_steps=train_steps,
-                steps_per_eval=steps_per_eval)
-    return (helpers.matches(r'loss = .*, step = (\d+)', log),
-            helpers.matches(r'Saving checkpoints for (\d+) .*', log),
-            capsys.readouterr().out.splitlines())
-
-  run_to(3, 3)
-  # An interrupted cycle is finished first, the last one may be shorter.
-  logged, saved, evaluated = run_to(8, 4)
-  assert logged == [('5',)]
-  assert saved == [('4',), ('8',)]
-  assert any('Training steps 4 to 8' in line for line in log)
-  assert len(evaluated) == 2
-
-  before = helpers.contents(model_dir)
-  assert run_to(8, 4) == ([], [], evaluated[-1:])
-  assert any('Step 8 is trained already' in line for line in log)
-  checkpoints = {path: data for path, data in before.items()
-                 if 'ckpt' in path.name}
-  assert checkpoints.items() <= helpers.contents(model_dir).items()
-
-
-def test_resumed_run_is_exact(data_dir, tmp_path, log, capsys, log_steps):
-  """An interruption changes no bit, log line or result. The seed is kept."""
-  log_steps(10)
-
-  def run(name, **changes):
-    """Returns what is logged, without times, and printed."""
-    del log[:]
-    helpers.run(data_dir, tmp_path / name, **{
+    helpers.run(data_dir, model_dir, **{
         'train_steps': 25, 'steps_per_eval': 12, **changes})
     return ([re.sub(r' \(.* sec\)', '', line) for line in log
              if re.match('cross_entropy = |loss = ', line)],
+            helpers.matches(r'Saving checkpoints for (\d+) .*', log),
             capsys.readouterr().out.splitlines())
 
-  whole_log, whole_results = run('whole', seed=3)
-  first_log, (stopped_at,) = run('model', seed=3, train_steps=11)
-  resumed_log, resumed_results = run('model')
+  whole_log, saved, whole_results = run(tmp_path / 'whole', seed=3)
+  assert saved == [('0',), ('12',), ('24',), ('25',)]
+  assert len(whole_log) == 10
+  first_log, _, (stopped_at,) = run(model_dir, seed=3, train_steps=11)
   assert "'global_step': 11" in stopped_at
+  resumed_log, saved, resumed_results = run(model_dir)
+  assert any('Training steps 12 to 25' in line for line in log)
+  assert saved == [('12',), ('24',), ('25',)]
   assert resumed_results == whole_results
   assert first_log + resumed_log == whole_log
-  assert len(whole_log) == 10
   np.testing.assert_equal(
       *(helpers.tensors(tmp_path / name / 'model.ckpt-25')
         for name in ('model', 'whole')))
 
+  before = helpers.contents(model_dir)
+  assert run(model_dir) == ([], [], whole_results[-1:])
+  assert any('Step 25 is trained already' in line for line in log)
+  assert {item for item in before.items() if 'ckpt' in item[0].name} <= (
+      helpers.contents(model_dir).items())
   with pytest.raises(cifar10.Cifar10Error, match='trained with --seed=3, not'):
-    run('model', seed=4)
+    run(model_dir, seed=4)
   kernels = [helpers.make_state(seed=seed).network.kernel.numpy()
              for seed in (3, 3, 4)]
   np.testing.assert_array_equal(kernels[0], kernels[1])
   assert not np.array_equal(kernels[0], kernels[2])
 
 
-@pytest.mark.parametrize(
-    ('save_checkpoints_secs', 'expected'), [(600, {0, 4}), (0, {0, 1, 4})])
+@pytest.mark.parametrize('seconds', [600, 0])
 def test_saves_by_the_clock_and_has_its_folder_to_itself(
-    data_dir, tmp_path, log, save_checkpoints_secs, expected):
-  model_dir, asked = tmp_path / 'model', []
+    data_dir, tmp_path, log, seconds):
 
   def interrupted():
-    asked.append(True)
     with (pytest.raises(cifar10.Cifar10Error, match='in use by another run'),
-          cifar10.sole_use(str(model_dir), '--model_dir')):
+          cifar10.sole_use(f'{tmp_path}/model', '--model_dir')):
       pass
     return False
 
-  helpers.run(data_dir, model_dir, interrupted,
-              save_checkpoints_secs=save_checkpoints_secs)
-  assert asked
-  saved = [int(step) for step, in helpers.matches(
+  helpers.run(data_dir, tmp_path / 'model', interrupted,
+              save_checkpoints_secs=seconds)
+  saved = [step for step, in helpers.matches(
       r'Saving checkpoints for (\d+) .*', log)]
-  assert len(saved) == len(set(saved))
-  assert expected <= set(saved)
-  assert save_checkpoints_secs == 0 or expected == set(saved)
+  assert len(saved) == len({*saved})
+  assert {'0', '4'} <= {*saved}
+  assert ('1' in saved) == (len(saved) > 2) == (seconds == 0)
 
 
-def test_evaluates_the_end_of_a_cycle_that_was_killed_there(
-    data_dir, tmp_path, capsys, trained):
-  model_dir = tmp_path / 'model'
-  shutil.copytree(trained.model_dir, model_dir)
+def test_run_that_was_killed_at_the_end_of_a_cycle(
+    data_dir, model_dir, capsys, trained):
+  """It owes the evaluation. In TensorBoard no value stands there twice."""
   for path in model_dir.glob('model.ckpt-8*'):
     path.unlink()
+  time.sleep(1)  # the files of events are ordered by seconds
   helpers.run(data_dir, model_dir, train_steps=8)
   assert capsys.readouterr().out.splitlines() == trained.printed
-
-
-def test_eval_only_writes_nothing(data_dir, capsys, trained):
-  before = helpers.contents(trained.model_dir)
-  for path in (data_dir / cifar10.FOLDER_NAME).glob('data_batch*'):
-    path.unlink()  # not needed
-  cifar10_main.evaluate_only(helpers.small_settings(
-      data_dir, trained.model_dir))
-  result, *classes = capsys.readouterr().out.splitlines()
-  assert result == trained.printed[-1]
-  names, accuracies = zip(*(line.split() for line in classes))
-  assert names == cifar10.CLASSES
-  # Of the 23 images, how many has each class?
-  labels = cifar10.read_records(
-      data_dir / cifar10.FOLDER_NAME / cifar10.TEST_FILE)[:, 0]
-  right = np.bincount(labels, minlength=10) * np.array(accuracies, float)
-  accuracy = ast.literal_eval(result)['accuracy']
-  np.testing.assert_allclose(sum(right), accuracy * 23, atol=1e-2)
-  assert helpers.contents(trained.model_dir) == before
+  assert read_events(model_dir)[1]['loss'] == [1, 5]
+  assert read_events(model_dir / 'eval')[1]['accuracy'] == [4, 8]
 
 
 @pytest.mark.parametrize(('rate', 'save_checkpoints_secs', 'message'), [
@@ -386,20 +338,44 @@ def test_training_that_is_not_finite(
       'model.ckpt-0.index']
 
 
-@pytest.mark.parametrize('batches', [0, 1])
-def test_interrupted_evaluation(
-    data_dir, tmp_path, capsys, log, trained, batches):
+def test_interrupted_evaluation(data_dir, model_dir, capsys, log, trained):
   """It ends after a batch; the same command makes it again."""
-  model_dir, asked = tmp_path / 'model', []
-  shutil.copytree(trained.model_dir, model_dir)
-
-  def interrupted():
-    asked.append(True)
-    return len(asked) > batches
-
-  assert not helpers.run(data_dir, model_dir, interrupted, train_steps=8)
-  assert len(asked) == batches + 1
-  assert not capsys.readouterr().out
-  assert log[-1] == 'Stopped: the same command evaluates step 8'
+  for batches in (0, 1):
+    interrupted = mock.Mock(side_effect=[False] * batches + [True])
+    assert not helpers.run(data_dir, model_dir, interrupted, train_steps=8)
+    assert not capsys.readouterr().out
+    assert log[-1] == 'Stopped: the same command evaluates step 8'
   assert helpers.run(data_dir, model_dir, train_steps=8)
   assert capsys.readouterr().out.splitlines() == trained.printed[-1:]
+
+
+def test_other_images_or_cores(data_dir, tmp_path, monkeypatch, log):
+  """A run says so once if they differ from those of the run before."""
+  for step, (now, expected) in enumerate([
+      ([1, 2], None),
+      ([0, 2], 'on generated images with 2 cores, from here on on real'),
+      ([0, 1], 'with 2 cores, from here on on real images with 1:'),
+      ([0, 1], None)], start=1):
+    monkeypatch.setattr(
+        cifar10_main, 'conditions', mock.Mock(return_value=now))
+    del log[:]
+    helpers.run(data_dir, tmp_path / 'model', train_steps=step)
+    said = [line for line in log if line.startswith('Trained until now')]
+    assert len(said) == bool(expected)
+    assert all(expected in line for line in said)
+
+
+def test_nothing_of_a_system_is_taken_for_granted(
+    data_dir, tmp_path, monkeypatch, capsys):
+  conditions = cifar10_main.conditions
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {3},
+                      raising=False)
+  assert conditions(helpers.small_settings(use_synthetic_data=True)) == [1, 1]
+  for module, name in ((os, 'geteuid'), (os, 'sched_getaffinity'),
+                       (os, 'tcgetpgrp'), (os, 'getpgrp'), (signal, 'SIGHUP')):
+    monkeypatch.delattr(module, name)
+  monkeypatch.setitem(sys.modules, 'fcntl', None)
+  assert conditions(helpers.small_settings()) == [0, os.cpu_count()]
+  stop = cifar10_main.StopRequest('SIGTERM', 'SIGHUP')
+  assert helpers.run(data_dir, tmp_path / 'model', interrupted=stop)
+  stop.end()

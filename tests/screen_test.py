@@ -5,6 +5,7 @@ import re
 import sys
 
 import cifar10_download_and_extract as cifar10
+import cifar10_main
 from tests import helpers
 
 
@@ -58,6 +59,18 @@ def test_status_where_nothing_is_known_of_jobs():
   assert set(screen.status) == {'Step 1'}
 
 
+def test_status_fits_a_terminal(monkeypatch):
+  shown = []
+  monkeypatch.setattr(cifar10, 'show_status', shown.append)
+  cifar10_main.show_progress(cifar10_main.Settings(), 1, 4000, 12.34)
+  cifar10_main.show_progress(cifar10_main.Settings(), 99999, 100000, 0.0012)
+  assert shown == [
+      'Step 1 of 100000, 10 images/s, evaluation in 13:42:28, end in 342:46:28',
+      'Step 99999 of 100000, 106,667 images/s, evaluation in 0:00:00, end in '
+      '0:00:00']
+  assert max(map(len, shown)) <= 80
+
+
 def test_status_is_cut_to_a_narrow_terminal():
   _, screen = run_code('cifar10.show_status("0123456789" * 9)\n'
                        'cifar10.show_status()',
@@ -101,4 +114,6 @@ def test_retries_of_the_download_have_lines_of_their_own(tmp_path):
   assert all(row.endswith('trying again in 0 s') for row in retries)
   assert 'Cannot fetch' in error
   assert not last
-  assert '>> Downloading cifar-10-binary.tar.gz 3.0%' in screen.status
+  shares = re.findall(r'>> Downloading cifar-10-binary.tar.gz (\d\.\d)%',
+                      '\n'.join(screen.status))
+  assert float(shares[0]) < float(shares[-1]) == 3
