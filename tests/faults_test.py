@@ -170,7 +170,8 @@ def second_run(chance, model_dir):
   """It ends in one line, and the first one does not notice."""
   first = run_until(chance, model_dir)
   second = helpers.start(helpers.train_command(model_dir))
-  return end(second, cure=IN_USE) + end(first)
+  printed_later = end(second, cure=IN_USE)
+  return end(first) + printed_later
 
 
 def flags_that_must_not_matter(chance, model_dir):
