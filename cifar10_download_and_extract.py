@@ -97,9 +97,12 @@ def read_records(filename: str) -> np.ndarray:
   try:
     data = np.fromfile(filename, np.uint8)
   except (FileNotFoundError, NotADirectoryError):
-    raise MissingError(f'{filename} is missing: run {script} first') from None
+    raise MissingError(
+        f'{filename} is missing: run {script} first, with the same --data_dir, '
+        'or try --use_synthetic_data') from None
   except OSError as error:
-    raise Cifar10Error(f'Cannot read {filename}: {error.strerror}') from None
+    raise Cifar10Error(f'Cannot read {filename} ({error.strerror}): make it '
+                       'readable, or name another --data_dir') from None
   labels = data[::RECORD_BYTES]
   wrong = np.flatnonzero(labels >= len(CLASSES))
   is_whole = data.size > 0 and data.size % RECORD_BYTES == 0
@@ -201,7 +204,8 @@ def show_status(text: str = '') -> None:
 def refuse_arguments(argv: list[str]) -> None:
   """Raises Cifar10Error if the command line has more than flags."""
   if len(argv) > 1:
-    raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --')
+    raise Cifar10Error(f'unknown argument {argv[1]!r}: flags begin with --, '
+                       'lists have commas and no spaces')
 
 
 def cannot_write(place: str, error: Exception, flag: str) -> Cifar10Error:
@@ -230,6 +234,8 @@ def sole_use(folder: str, flag: str) -> Iterator[None]:
   path = os.path.join(folder, '.lock')
   try:
     os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass  # it can be written
     # A user who shares the folder may only read what another one has made. If
     # somebody planted a link, appending leaves the file that it leads to whole.
     is_shared = os.path.exists(path) and not os.access(path, os.W_OK)

@@ -129,6 +129,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
       'predict', None, 'Only print the likeliest classes of these pictures, by '
       'the newest checkpoint: cat.jpg,dog.png. JPEG, PNG, GIF, BMP or WebP.',
       flag_values=values)
+  flags.register_validator(
+      'predict', lambda paths: paths is None or (paths and all(paths)),
+      'must name pictures, with commas between them', values)
   integer('num_gpus', None, 'GPUs of this machine that share each batch: -1 '
           'all, 0 none. The default is one, if there is one.', -1)
   integer('seed', Settings.seed, 'Seed of initial values and batches, to '
@@ -183,8 +186,7 @@ PREFETCH_BATCHES = 2  # kept ready, in addition to those
 WEIGHT_DECAY = 2e-4
 MOMENTUM = 0.9
 INITIAL_LEARNING_RATE = 0.1  # for a batch of 128; scales with the batch size
-LEARNING_RATE_EPOCHS = (100, 150, 200)  # after these it drops
-LEARNING_RATE_DECAYS = (1, 0.1, 0.01, 0.001)  # factor before and after each
+LEARNING_RATE_DROPS = {100: 0.1, 150: 0.01, 200: 0.001}  # by epochs trained
 # Keeps small gradients above fp16's smallest number. Without it they are wrong
 # by up to 40 %; with any scale from 128 to 2**18 by 5 %, like bf16's.
 FP16_LOSS_SCALE = 128
@@ -508,13 +510,14 @@ def cifar10_model_fn(features: tf.Tensor, labels: tf.Tensor | None, mode: str,
 def learning_rate_boundaries(batch_size: int) -> list[int]:
   """Returns the steps after which the learning rate drops."""
   return [int(NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN / batch_size * epoch)
-          for epoch in LEARNING_RATE_EPOCHS]
+          for epoch in LEARNING_RATE_DROPS]
 
 
 def learning_rate(global_step: tf.Tensor, batch_size: int) -> tf.Tensor:
   """Returns the learning rate, float32 [], of the step after global_step."""
   initial = INITIAL_LEARNING_RATE * batch_size / 128
-  rates = tf.constant([initial * decay for decay in LEARNING_RATE_DECAYS])
+  rates = tf.constant(
+      [initial * decay for decay in (1, *LEARNING_RATE_DROPS.values())])
   # As in the original, the step at a boundary still has the earlier rate.
   drops = global_step > learning_rate_boundaries(batch_size)
   return tf.gather(rates, tf.math.count_nonzero(drops))
@@ -1032,13 +1035,14 @@ def describe_run(state: TrainState) -> dict:
     log.info('Step %d is trained already: only evaluating. A --train_steps '
              'above it would train on', step)
   else:
-    *drops, last = learning_rate_boundaries(settings.batch_size)
+    drops = map(str, learning_rate_boundaries(settings.batch_size))
     log.info('Training steps %d to %d, batch size %d. The learning rate drops '
              'after steps %s', step + 1, settings.train_steps,
-             settings.batch_size, f'{", ".join(map(str, drops))} and {last}')
+             settings.batch_size, ', '.join(drops))
   if before != now:
-    log.warning('Trained until now on %s images with %d cores, from here on '
-                'on %s images with %d: the numbers will differ',
+    log.warning('Trained until now on %s images with %d cores, now on %s '
+                'images with %d: the numbers will differ; another --model_dir '
+                'begins anew',
                 *(x for images, cores in (before, now)
                   for x in (('real', 'generated')[images], cores)))
     state.conditions.assign(now)

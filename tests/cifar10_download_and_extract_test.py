@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 import tracemalloc
+from unittest import mock
 import urllib.response
 
 import pytest
@@ -125,7 +126,7 @@ def test_replaces_only_missing_and_damaged_files(download):
   download.run()
   untouched = (download.batches / 'data_batch_1.bin').stat().st_ino
   for number, size, message in (
-      (2, None, 'is missing: run cifar10_download_and_extract.py first'),
+      (2, None, 'is missing: run cifar10_download_and_extract.py first, with'),
       (3, 0, 'is damaged: 0 bytes'),
       (4, 30729, 'is damaged: 30,729 bytes are not a whole .*; run .* again')):
     path = download.batches / f'data_batch_{number}.bin'
@@ -174,7 +175,7 @@ def test_own_data_are_left_alone(download, kind, skip_checksums):
 
 def test_own_file_that_cannot_be_read(download):
   (download.batches / 'test_batch.bin').mkdir(parents=True)
-  download.fail(r'Cannot read .*: Is a directory')
+  download.fail(r'Cannot read .* \(Is a directory\): .* another --data_dir')
 
 
 @pytest.mark.parametrize(
@@ -245,6 +246,18 @@ def test_new_folder_is_removed_if_nothing_is_written(tmp_path):
         pass
       assert (folder / '.lock').exists()
   assert {path.name for path in tmp_path.iterdir()} == {'old', 'written'}
+
+
+@pytest.mark.parametrize('error', [errno.EACCES, errno.EROFS])
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch, error):
+  """An earlier run has left its lock there, which may be read."""
+  (tmp_path / '.lock').touch()
+  monkeypatch.setattr(cifar10.tempfile, 'TemporaryFile', mock.Mock(
+      side_effect=OSError(error, 'Not here')))
+  with (pytest.raises(Cifar10Error, match=(
+      rf'Cannot write to {tmp_path} \(Not here\): name another --model_dir')),
+        cifar10.sole_use(str(tmp_path), '--model_dir')):
+    raise AssertionError('it has been entered')
 
 
 # -------------------------------------------------------------- archives

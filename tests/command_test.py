@@ -77,7 +77,10 @@ def test_settings_out_of_range(main, flag):
     ('--model_dir=/dev/null/model', r'Cannot write to /dev/null/model \(Not a '
      r'directory\): name another --model_dir$'),
     ('--data_dir=/nowhere', '/nowhere/.*/test_batch.bin is missing: run '
-     'cifar10_download_and_extract.py first$'),
+     'cifar10_download_and_extract.py first, with the same --data_dir, or try '
+     '--use_synthetic_data$'),
+    ('--predict=', 'predict=.*: must name pictures'),
+    ('--predict=a.png,', 'must name pictures'),
     # Nothing is trained for hours to find that then.
     (f'--export_dir={os.curdir}', 'export_dir=. is there already: name a new')])
 def test_other_arguments_that_cannot_be(

@@ -159,6 +159,17 @@ def test_learning_rate_drops_after_the_boundaries(batch_size, boundaries):
           actual, 0.1 * batch_size / 128 * 0.1 ** drops, rtol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ('drops', 'steps', 'last'), [({}, '', 0.1), ({1: 0.5}, '390', 0.05), (
+        dict.fromkeys((1, 2, 3, 4), 0.2), '390, 781, 1171, 1562', 0.02)])
+def test_any_number_of_drops(monkeypatch, log, drops, steps, last):
+  monkeypatch.setattr(cifar10_main, 'LEARNING_RATE_DROPS', drops)
+  cifar10_main.describe_run(helpers.make_state(batch_size=128))
+  assert log[-1].endswith(f'The learning rate drops after steps {steps}')
+  assert cifar10_main.learning_rate(
+      tf.constant(10**9, tf.int64), 128).numpy() == np.float32(last)
+
+
 def test_folder_is_one_of_the_originals_saver(tmp_path):
   """Either goes on from what the other saved and keeps five of both's. Of the
   original's .meta files, those of old checkpoints go.

@@ -353,8 +353,8 @@ def test_other_images_or_cores(data_dir, tmp_path, monkeypatch, log):
   """A run says so once if they differ from those of the run before."""
   for step, (now, expected) in enumerate([
       ([1, 2], None),
-      ([0, 2], 'on generated images with 2 cores, from here on on real'),
-      ([0, 1], 'with 2 cores, from here on on real images with 1:'),
+      ([0, 2], 'on generated images with 2 cores, now on real images'),
+      ([0, 1], 'with 2 cores, now on real images with 1: the numbers'),
       ([0, 1], None)], start=1):
     monkeypatch.setattr(
         cifar10_main, 'conditions', mock.Mock(return_value=now))
