@@ -20,8 +20,7 @@ import glob
 import gzip
 import hashlib
 import http.client
-import multiprocessing
-from multiprocessing import pool
+import multiprocessing.pool
 import os
 import re
 import shutil
@@ -367,9 +366,11 @@ def receive(data_url: str, file: BinaryIO) -> str:
     request = urllib.request.Request(
         data_url, headers={'Range': f'bytes={size}-'} if size else {})
     # In a thread: a server can send header lines slowly and without end.
-    opened = pool.ThreadPool(1).apply_async(
-        urllib.request.urlopen, (request, None, TIMEOUT_SECONDS))
-    with opened.get(2 * TIMEOUT_SECONDS) as response:
+    with multiprocessing.pool.ThreadPool(1) as thread:
+      response = thread.apply_async(
+          urllib.request.urlopen, (request, None, TIMEOUT_SECONDS)
+          ).get(2 * TIMEOUT_SECONDS)
+    with response:
       # urllib would follow a redirect to ftp.
       if not response.url.startswith(('https://', 'http://', 'file://')):
         return f'{response.url} is no https, http or file address'

@@ -630,7 +630,8 @@ def test_standard_output_that_nobody_reads(download):
     (['--data_dir=/dev/null/x'], 'Not a directory')])
 def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
   process = helpers.start(  # a flag given twice has its last value
-      [sys.executable, SCRIPT, f'--data_dir={tmp_path}/data', *arguments])
+      [sys.executable, '-W', 'error', SCRIPT, f'--data_dir={tmp_path}/data',
+       *arguments])
   _, log = helpers.finish(process)  # without a traceback
   assert process.returncode == 1
   assert message in log
