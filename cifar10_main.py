@@ -774,8 +774,8 @@ def write_summaries(writer: tf.summary.SummaryWriter, step: int,
                     values: dict) -> None:
   """Hook that writes what TensorBoard shows of the training."""
   # Each image's least value becomes black, its greatest white.
-  images = values['images']
-  images -= images.min(axis=(1, 2, 3), keepdims=True)
+  images = values['images']  # which other hooks see too: no -= here
+  images = images - images.min(axis=(1, 2, 3), keepdims=True)
   images /= np.maximum(images.max(axis=(1, 2, 3), keepdims=True), 1e-6)
   with events(writer, step):
     for name in ('cross_entropy', 'learning_rate', 'train_accuracy', 'loss',

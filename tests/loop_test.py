@@ -136,6 +136,9 @@ def test_hooks_see_what_is_logged(
   assert seen[0][1].keys() & (always | paced) == always
   assert seen[-1][1].keys() >= always | paced
   for step, values in seen:
+    # The images as the network saw them, not as TensorBoard shows them.
+    np.testing.assert_allclose(
+        values['images'].mean((1, 2, 3)), 0, atol=1e-4)
     assert any(line.startswith(f'loss = {values["loss"]!s}, step = {step}')
                for line in log)
 
