@@ -141,6 +141,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
          'Train and evaluate on generated images: no data needed.')
   path('export_dir', None, 'New folder for a SavedModel, written after '
        'training or with --eval_only.')
+  flags.mark_flags_as_mutual_exclusive(
+      ['predict', 'export_dir'], flag_values=values)
 
 
 if __name__ == '__main__':
@@ -1124,7 +1126,8 @@ def read_picture(path: str) -> tf.Tensor:
     OpError: It cannot be read, or is no JPEG, PNG, GIF, BMP or WebP.
   """
   picture = tf.cast(tf.io.decode_image(
-      tf.io.read_file(path), expand_animations=False), tf.float32)
+      tf.io.read_file(os.path.expanduser(path)), expand_animations=False),
+      tf.float32)
   height, width, channels = picture.shape
   if channels in (2, 4):  # what is transparent becomes white
     opacity = picture[..., -1:] / 255

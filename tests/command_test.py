@@ -81,11 +81,12 @@ def test_settings_out_of_range(main, flag):
      '--use_synthetic_data$'),
     ('--predict=', 'predict=.*: must name pictures'),
     ('--predict=a.png,', 'must name pictures'),
+    ('--predict=a.png --export_dir=b', r'At most one of \(predict, export_dir'),
     # Nothing is trained for hours to find that then.
     (f'--export_dir={os.curdir}', 'export_dir=. is there already: name a new')])
 def test_other_arguments_that_cannot_be(
     small_run, tmp_path, argument, expected):
-  message = small_run(argument)
+  message = small_run(*argument.split())
   assert re.search(expected, message)
   assert len(message.splitlines()) == 1
   assert not (tmp_path / 'model').exists()
@@ -389,7 +390,7 @@ def bitmap(image):
       len(pixels), 0, 0, 0, 0) + pixels
 
 
-def test_predict(main, tmp_path, capsys, log, undisturbed):
+def test_predict(main, tmp_path, monkeypatch, capsys, log, undisturbed):
   """By the middle square, from any of the formats; others are named."""
   image = np.random.default_rng(0).integers(0, 256, [32, 32, 3], np.uint8)
   wide = np.pad(image, [[0, 0], [40, 40], [0, 0]], 'wrap')
@@ -424,8 +425,9 @@ def test_predict(main, tmp_path, capsys, log, undisturbed):
   assert shown[paths[7]] == shown[paths[9]]  # what is transparent is white
   errors = [line for line in log if 'Cannot read the picture' in line]
   assert [path in line for path, line in zip(paths[5:7], errors)] == [True] * 2
+  monkeypatch.setenv('HOME', str(tmp_path))
   assert main(f'--model_dir={undisturbed.model_dir}',
-              f'--predict={paths[0]}') == 0
+              '--predict=~/square.png') == 0
   capsys.readouterr()
 
   exec(replaced(readme_code('decode_image'), {  # on serving
