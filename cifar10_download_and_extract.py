@@ -81,8 +81,13 @@ def reason(error: Exception) -> str:
   lines = [line for line in str(error).splitlines()
            if not re.match(about_the_graph, line)] or [type(error).__name__]
   line = re.sub(r'\{\{.*?\}\} ?| \[Op:.*', '', lines[0])
-  # It may come from a server: no escape sequences, and not without end.
-  return ''.join(c if c.isprintable() else '?' for c in line)[:300]
+  # It may come from a server: not without end.
+  return printable(line)[:300]
+
+
+def printable(text: str) -> str:
+  """Returns a text without escape sequences and bytes that are no UTF-8."""
+  return ''.join(c if c.isprintable() else '?' for c in text)
 
 
 def read_records(filename: str) -> np.ndarray:
@@ -171,9 +176,14 @@ def open_standard_streams() -> None:
 
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
-  """Silences TensorFlow, which the block imports; its errors are exceptions."""
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  # It prints some notices before it reads that level.
+  """Sets what TensorFlow, which the block imports, reads then; silences it."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # errors are exceptions
+  # GPU memory only as it is needed:
+  os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')
+  # oneDNN's convolutions, which TensorFlow leaves off on a CPU without AVX-512
+  # although they are at least 1.5 times as fast there.
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+  # It prints some notices before it reads the log level.
   stderr = os.dup(2)
   with open(os.devnull, 'wb') as nothing:
     os.dup2(nothing.fileno(), 2)
@@ -238,22 +248,24 @@ def sole_use(folder: str, flag: str) -> Iterator[None]:
     # A user who shares the folder may only read what another one has made. If
     # somebody planted a link, appending leaves the file that it leads to whole.
     is_shared = os.path.exists(path) and not os.access(path, os.W_OK)
-    with open(path, 'r' if is_shared else 'a') as file:
-      try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise Cifar10Error(f'{folder} is in use by another run: wait until it '
-                           f'ends, or name another {flag}') from None
-      except (OSError, ImportError):
-        pass  # some network file systems have no locks, nor has Windows
-      try:
-        yield
-      finally:
-        if is_new and os.listdir(folder) == ['.lock']:
-          shutil.rmtree(folder, ignore_errors=True)
+    file = open(path, 'r' if is_shared else 'a')  # noqa: SIM115
   except OSError as error:
     raise cannot_write(folder, error, flag) from None
+  with file:
+    try:
+      import fcntl
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise Cifar10Error(f'{folder} is in use by another run: wait until it '
+                         f'ends, or name another {flag}') from None
+    except (OSError, ImportError):
+      pass  # some network file systems have no locks, nor has Windows
+    try:
+      yield
+    finally:
+      with contextlib.suppress(OSError):
+        if is_new and os.listdir(folder) == ['.lock']:
+          shutil.rmtree(folder)
 
 
 def download_and_extract(data_dir: str, data_url: str = DATA_URL,
@@ -279,18 +291,12 @@ def download_and_extract(data_dir: str, data_url: str = DATA_URL,
   if not os.path.lexists(archive) and os.path.exists(archive[:-len('.gz')]):
     archive = archive[:-len('.gz')]  # as some browsers save it
   with sole_use(data_dir, '--data_dir'):
-    if not os.path.lexists(archive):
-      fetch_archive(data_url, archive, skip_checksums)
-    files = read_archive(archive, names, skip_checksums)
-    os.makedirs(folder, exist_ok=True)
-    for left in glob.glob(os.path.join(glob.escape(folder), 'unpacking.*')):
-      shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
-    with tempfile.TemporaryDirectory(prefix='unpacking.', dir=folder) as work:
-      for name in names:
-        with open(os.path.join(work, name), 'wb') as file:
-          file.write(files[name])
-      for name in names:
-        os.replace(os.path.join(work, name), os.path.join(folder, name))
+    try:
+      if not os.path.lexists(archive):
+        fetch_archive(data_url, archive, skip_checksums)
+      write_files(folder, read_archive(archive, names, skip_checksums))
+    except OSError as error:
+      raise cannot_write(data_dir, error, '--data_dir') from None
   say(f'{folder} is complete: {len(TRAIN_FILES) * RECORDS_PER_FILE:,} training '
       f'and {RECORDS_PER_FILE:,} evaluation records.')
 
@@ -325,6 +331,19 @@ def is_right(name: str, data: bytes, skip_checksums: bool) -> bool:
     return (len(data) == RECORDS_PER_FILE * RECORD_BYTES
             and max(data[::RECORD_BYTES]) < len(CLASSES))
   return hashlib.sha256(data).hexdigest() == FILE_SHA256[name]
+
+
+def write_files(folder: str, files: dict[str, bytes]) -> None:
+  """Puts files into a folder, each of which is whole when it appears there."""
+  os.makedirs(folder, exist_ok=True)
+  for left in glob.glob(os.path.join(glob.escape(folder), 'unpacking.*')):
+    shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
+  with tempfile.TemporaryDirectory(prefix='unpacking.', dir=folder) as work:
+    for name, data in files.items():
+      with open(os.path.join(work, name), 'wb') as file:
+        file.write(data)
+    for name in files:
+      os.replace(os.path.join(work, name), os.path.join(folder, name))
 
 
 def fetch_archive(data_url: str, archive: str, skip_checksums: bool) -> None:

@@ -36,8 +36,10 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
+import threading
 import time
 import zlib
 
@@ -120,7 +122,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
          ['channels_first', 'channels_last'], 'Layout of the images in the '
          'network. The default is channels_first on a GPU, else channels_last.')
   choice('dtype', Settings.dtype, list(DTYPES),
-         'Number type of the convolutions. All else is fp32.')
+         'Number type of convolutions and activations. Variables, statistics '
+         'of batch norm and logits are always fp32.')
   choice('xla', Settings.xla, ['auto', 'on', 'off'],
          'Compile the training step with XLA. auto: on a GPU only.')
   switch('eval_only', False, 'Only evaluate the newest checkpoint and print '
@@ -141,8 +144,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
          'Train and evaluate on generated images: no data needed.')
   path('export_dir', None, 'New folder for a SavedModel, written after '
        'training or with --eval_only.')
-  flags.mark_flags_as_mutual_exclusive(
-      ['predict', 'export_dir'], flag_values=values)
+  flags.register_multi_flags_validator(
+      ['predict', 'eval_only', 'export_dir'], lambda given: not (
+          given['predict'] and (given['eval_only'] or given['export_dir'])),
+      'use --predict alone', values)
 
 
 if __name__ == '__main__':
@@ -151,11 +156,6 @@ if __name__ == '__main__':
   define_flags()
   app.define_help_flags()
   app.parse_flags_with_usage(sys.argv)
-  # TensorFlow reads these when it is imported. GPU memory only as it is needed:
-  os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')
-  # oneDNN's convolutions, which TensorFlow leaves off on a CPU without AVX-512
-  # although they are at least 1.5 times as fast there.
-  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
   # Until there is something to save, Ctrl-C simply ends the process.
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -185,10 +185,11 @@ NUM_VIEWS = NUM_CORNERS * NUM_CORNERS * 2  # crops of an image, flipped or not
 SHUFFLE_RECORDS = int(NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN * 0.4)  # + 3 batches
 PARALLEL_BATCHES = 4  # prepared at a time: over 100,000 images/s on two cores
 PREFETCH_BATCHES = 2  # kept ready, in addition to those
-WEIGHT_DECAY = 2e-4
+WEIGHT_DECAY = 2e-4  # [1]: 1e-4
 MOMENTUM = 0.9
 INITIAL_LEARNING_RATE = 0.1  # for a batch of 128; scales with the batch size
-LEARNING_RATE_DROPS = {100: 0.1, 150: 0.01, 200: 0.001}  # by epochs trained
+# By epochs trained; 100,000 steps are 256. [1] drops at 82 and 123 of 164.
+LEARNING_RATE_DROPS = {100: 0.1, 150: 0.01, 200: 0.001}
 # Keeps small gradients above fp16's smallest number. Without it they are wrong
 # by up to 40 %; with any scale from 128 to 2**18 by 5 %, like bf16's.
 FP16_LOSS_SCALE = 128
@@ -231,14 +232,15 @@ class StopRequest:
   """Tells, when called, whether a signal has asked to stop.
 
   Until the first call there is nothing to save: a signal does what it usually
-  does. So does the second one.
+  does. So does the second one. Only the main thread can ask for signals.
   """
 
   def __init__(self, *names: str):
     self.signal, self._names, self._usual = None, names, {}
 
   def __call__(self) -> bool:
-    if not self._usual:
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and not self._usual:
       for number in (getattr(signal, name, None) for name in self._names):
         # Not those that nohup or a shell lets be ignored; Windows lacks some.
         if number and signal.getsignal(number) in (
@@ -408,6 +410,7 @@ def input_fn(mode: str, settings: Settings, *order) -> tf.data.Dataset:
     images, labels = dataset_parser(tf.gather(records, numbers))
     if mode == 'train':
       images = train_preprocess_fn(images, views)
+    # Each image by itself, where [1] subtracts the mean of all.
     return tf.image.per_image_standardization(images), labels
 
   dataset = record_dataset(len(records), mode, settings, *order)
@@ -568,10 +571,11 @@ class Checkpoints:
     for variable in state.variables:
       name = tf1_name(variable)
       if name not in values or values[name].shape != variable.shape:
-        size = resnet_model.size_in_checkpoint(values)
-        raise Cifar10Error(
-            f'{self.newest} is of another network (its size is {size}; {name} '
-            'differs): use that --resnet_size, or another --model_dir')
+        size, cure = resnet_model.size_in_checkpoint(values), 'name another'
+        if size not in (None, state.network.resnet_size):
+          cure = f'use --resnet_size={size}, or another'
+        raise Cifar10Error(f'{self.newest} is of another network ({name} '
+                           f'differs): {cure} --model_dir')
     if not self.newest.endswith(f'-{values["global_step"]}'):
       # Else it would stay the newest, whatever is trained from here on.
       raise Cifar10Error(f'{self.newest} is of step {values["global_step"]}: '
@@ -905,6 +909,7 @@ def export(state: TrainState, export_dir: str) -> None:
   Raises:
     Cifar10Error: The folder exists or cannot be written.
   """
+  export_dir = cifar10.PathParser().parse(export_dir)
   # Not every device has convolutions with the channels first.
   exported = make_state(dataclasses.replace(
       state.settings, data_format='channels_last'))
@@ -1071,6 +1076,8 @@ def train_and_evaluate(
   Raises:
     Cifar10Error: Data, checkpoint, loss or folder are not as they should be.
   """
+  if settings.seed is not None:
+    tf.config.experimental.enable_op_determinism()
   eval_data = input_fn('eval', settings)
   stop_button = StopRequest('SIGINT')
   with (cifar10.sole_use(settings.model_dir, '--model_dir') if is_chief()
@@ -1082,7 +1089,7 @@ def train_and_evaluate(
     if settings.seed not in (None, seed):
       raise Cifar10Error(
           f'{settings.model_dir} was trained with --seed={seed}, not '
-          f'{settings.seed}: leave it out, or name another --model_dir')
+          f'{settings.seed}: use that, or name another --model_dir')
     train_data = distributed_input(settings, seed, step)
     facts = describe_run(state)
     writer = make_writer(settings.model_dir, step + 1)
@@ -1119,15 +1126,28 @@ def evaluate_only(
   return results, matrix
 
 
+def quarter_turns(data: bytes) -> int:
+  """Returns by how many quarters to turn a camera's picture, counterclockwise.
+
+  That is in tag 0x0112 of its EXIF, a single SHORT. TensorFlow ignores it.
+  """
+  exif = data[:65536].partition(b'Exif\0\0')[2]
+  order = '<' if exif.startswith(b'II') else '>'
+  value = exif.partition(struct.pack(order + 'HHI', 0x0112, 3, 1))[2][:2]
+  orientation, = struct.unpack(order + 'H', value.rjust(2, b'\0'))
+  return {3: 2, 6: 3, 8: 1}.get(orientation, 0)
+
+
 def read_picture(path: str) -> tf.Tensor:
   """Returns the middle square of a picture, scaled to float32 [32, 32, 3].
 
   Raises:
     OpError: It cannot be read, or is no JPEG, PNG, GIF, BMP or WebP.
   """
-  picture = tf.cast(tf.io.decode_image(
-      tf.io.read_file(os.path.expanduser(path)), expand_animations=False),
-      tf.float32)
+  data = tf.io.read_file(os.fsencode(os.path.expanduser(path)))
+  picture = tf.cast(
+      tf.io.decode_image(data, expand_animations=False), tf.float32)
+  picture = tf.image.rot90(picture, quarter_turns(data.numpy()))
   height, width, channels = picture.shape
   if channels in (2, 4):  # what is transparent becomes white
     opacity = picture[..., -1:] / 255
@@ -1148,15 +1168,16 @@ def predict(settings: Settings, paths: Iterable[str]) -> bool:
   state, _ = open_model(settings, may_be_new=False)
   all_read = True
   for path in paths:
+    shown = cifar10.printable(path)
     try:
       image = tf.image.per_image_standardization(read_picture(path))
     except tf.errors.OpError as error:
-      log.error('Cannot read the picture %s (%s)', path, reason(error))
+      log.error('Cannot read the picture %s (%s)', shown, reason(error))
       all_read = False
       continue
     outputs = cifar10_model_fn(image[tf.newaxis], None, 'infer', state)
     likeliest = zip(*tf.math.top_k(outputs['probabilities'][0], 3))
-    cifar10.say(f'{path}: ' + ', '.join(
+    cifar10.say(f'{shown}: ' + ', '.join(
         f'{cifar10.CLASSES[i]} {share:.1%}' for share, i in likeliest))
   return all_read
 
@@ -1270,8 +1291,6 @@ def run(settings: Settings, values: flags.FlagValues,
 def main(argv: list[str]) -> int:
   values = flags.FLAGS
   show_log()
-  if values.seed is not None:
-    tf.config.experimental.enable_op_determinism()
   settings = Settings(**{field.name: values[field.name].value
                          for field in dataclasses.fields(Settings)})
   stop, strategy = StopRequest('SIGTERM', 'SIGINT', 'SIGHUP'), None
@@ -1287,7 +1306,8 @@ def main(argv: list[str]) -> int:
       elif isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         what = (f'Another machine does not answer ({reason(error)}): start all '
                 'again, they go on from the last checkpoint')
-      elif isinstance(error, CANNOT_COMPUTE):
+      elif isinstance(error, CANNOT_COMPUTE) or 'only supports NHWC' in str(
+          error):  # as bf16 on a CPU
         what = (f'This device cannot do that ({reason(error)}): try --xla=off, '
                 'without --data_format and --dtype')
       else:

@@ -95,8 +95,8 @@ class LayerFactory:
 
   def conv2d(self, in_channels: int, filters: int, kernel_size: int,
              strides: int) -> Conv2dFixedPadding:
-    # Variance 1 / fan-in, corrected for the truncation at two deviations, which
-    # leaves 0.88 of it. TensorFlow has corrected this since mid-2018.
+    # Variance 1 / fan-in, half of [1]'s. A normal cut at two deviations keeps
+    # 0.88 of its deviation; TensorFlow has corrected this since mid-2018.
     deviation = (kernel_size**2 * in_channels) ** -0.5 / TRUNCATED_DEVIATION
     kernel = tf.random.stateless_truncated_normal(
         [kernel_size, kernel_size, in_channels, filters], self._next_seed(),
@@ -122,9 +122,9 @@ class LayerFactory:
 class BuildingBlock(tf.Module):
   """Two 3x3 convolutions and a shortcut around them [2].
 
-  The first block of each block layer projects its shortcut. block_layer1 does
-  not need that, but the original does it there too, and its checkpoints hold
-  the kernel.
+  The first block of each block layer projects its shortcut, where [1] pads it
+  with zeros. block_layer1 does not need that, but the original does it there
+  too, and its checkpoints hold the kernel.
   """
 
   def __init__(self, make: LayerFactory, in_channels: int, filters: int,
@@ -242,9 +242,9 @@ def cifar10_resnet_v2_generator(
     num_classes: Number of logits.
     data_format: 'channels_first', 'channels_last', or None for the faster of
       the two: 'channels_first' on a GPU, 'channels_last' on a CPU.
-    dtype: Number type of the convolutions: float32, bfloat16 or float16. The
-      variables, batch norm's statistics, the mean over the image and the logits
-      are always float32.
+    dtype: Number type of convolutions and activations: float32, bfloat16 or
+      float16. The variables, batch norm's statistics, the mean over the image
+      and the logits are always float32.
     seed: Seed of the initial values; a random one by default.
 
   Returns:
