@@ -1172,8 +1172,8 @@ def wait_for_machines(addresses: list[str], own: str) -> None:
   """
   parts = [address.rpartition(':') for address in addresses]
   hosts = [(host.strip('[]'), int(port)) for host, _, port in parts]
-  if max(port for _, port in hosts) > 65535:
-    raise ValueError('a port is above 65535')
+  if not all(0 < port < 65536 for _, port in hosts):
+    raise ValueError('a port is not between 1 and 65535')
   try:
     server = socket.create_server(('', hosts[addresses.index(own)][1]))
   except OSError as error:
