@@ -1007,13 +1007,13 @@ def run_cycles(
         or time.monotonic() - saved_at >= settings.save_checkpoints_secs):
       checkpoints.save(state)
       saved_at = time.monotonic()
+    if step == cycle_end:
+      log.info('Loss for final step: %s.', values['loss'])
     if stop:
       log.warning(
           'Stopped after step %d, saved as %s: the same command goes on from '
           'there', step, checkpoints.newest or 'the first machine has it')
       return False
-    if step == cycle_end:
-      log.info('Loss for final step: %s.', values['loss'])
 
 
 def describe_run(state: TrainState) -> dict:

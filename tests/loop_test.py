@@ -351,6 +351,14 @@ def test_interrupted_evaluation(data_dir, model_dir, capsys, log, trained):
   assert capsys.readouterr().out.splitlines() == trained.printed[-1:]
 
 
+def test_interrupted_at_the_end_of_a_cycle(data_dir, tmp_path, log):
+  """The next run evaluates at once: all log lines of the training are there."""
+  assert not helpers.run(
+      data_dir, tmp_path / 'model', lambda: True, train_steps=1)
+  assert log[-2].startswith('Loss for final step: ')
+  assert log[-1].startswith('Stopped after step 1, ')
+
+
 def test_other_images_or_cores(data_dir, tmp_path, monkeypatch, log):
   """A run says so once if they differ from those of the run before."""
   for step, (now, expected) in enumerate([
