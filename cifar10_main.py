@@ -1012,13 +1012,13 @@ def run_cycles(
         or time.monotonic() - saved_at >= settings.save_checkpoints_secs):
       checkpoints.save(state)
       saved_at = time.monotonic()
+    if step == cycle_end:
+      log.info('Loss for final step: %s.', values['loss'])
     if stop:
       log.warning(
           'Stopped after step %d, saved as %s: the same command goes on from '
           'there', step, checkpoints.newest or 'the first machine has it')
       return False
-    if step == cycle_end:
-      log.info('Loss for final step: %s.', values['loss'])
 
 
 def describe_run(state: TrainState) -> dict:
@@ -1193,8 +1193,8 @@ def wait_for_machines(addresses: list[str], own: str) -> None:
   """
   parts = [address.rpartition(':') for address in addresses]
   hosts = [(host.strip('[]'), int(port)) for host, _, port in parts]
-  if max(port for _, port in hosts) > 65535:
-    raise ValueError('a port is above 65535')
+  if not all(0 < port < 65536 for _, port in hosts):
+    raise ValueError('a port is not between 1 and 65535')
   try:
     server = socket.create_server(('', hosts[addresses.index(own)][1]))
   except OSError as error:

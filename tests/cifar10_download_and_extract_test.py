@@ -143,8 +143,8 @@ OWN_DATA = {  # and what the training says of them, if it cannot use them
     'fewer records': (lambda data: data[:3 * cifar10.RECORD_BYTES], None),
     'more records': (lambda data: 2 * data, None),
     'more, and cut off': (lambda data: (2 * data)[:-1], '61,459 bytes are not'),
-    'twenty classes': (lambda data: data[:3073] + b'\x13' + data[3074:],
-                       'record 1 has label 19, not 0-9'),
+    'eleven classes': (lambda data: data[:3073] + b'\x0a' + data[3074:],
+                       'record 1 has label 10, not 0-9'),
     'records of CIFAR-100': (
         lambda data: b'\x0f\x63' + 10 * data[1:3074], '30,732 bytes are not'),
     'records of another length': (

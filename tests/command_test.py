@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from unittest import mock
 
 from absl import flags, logging
 import numpy as np
+from PIL import Image
 import pytest
 import tensorflow as tf
 
@@ -381,15 +381,6 @@ def replaced(code, replacements):
   return code
 
 
-def bitmap(image):
-  """Returns the bytes of a BMP file: rows from below, each pixel as B, G, R."""
-  height, width, _ = image.shape
-  pixels = image[::-1, :, ::-1].tobytes()  # each row is a multiple of 4 bytes
-  return b'BM' + struct.pack(
-      '<IIIIiiHHIIiiII', 54 + len(pixels), 0, 54, 40, width, height, 1, 24, 0,
-      len(pixels), 0, 0, 0, 0) + pixels
-
-
 def test_predict(main, tmp_path, monkeypatch, capsys, log, undisturbed):
   """By the middle square, from any of the formats; others are named."""
   image = np.random.default_rng(0).integers(0, 256, [32, 32, 3], np.uint8)
@@ -403,14 +394,15 @@ def test_predict(main, tmp_path, monkeypatch, capsys, log, undisturbed):
   pictures = {
       'square.png': image.repeat(8, 0).repeat(8, 1), 'wide.png': wide,
       'large.png': large, 'opaque.png': with_alpha(large, 255),
-      'wide.bmp': None, 'missing.png': None, 'text.jpg': None,
-      'clear.png': with_alpha(wide, clear_below), 'grey.png': wide[:, :, :1],
-      'white.png': np.where(clear_below[:, :, None], wide, np.uint8(255))}
+      'wide.bmp': wide, 'wide.webp': wide,
+      'missing.png': None, 'text.jpg': None,
+      'clear.png': with_alpha(wide, clear_below), 'grey.png': wide[:, :, 0],
+      'white.png': np.where(clear_below[:, :, None], wide, np.uint8(255)),
+      'grey.gif': wide[:, :, 0]}
   paths = [str(tmp_path / name) for name in pictures]
   for path, picture in zip(paths, pictures.values()):
     if picture is not None:
-      tf.io.write_file(path, tf.io.encode_png(picture))
-  (tmp_path / 'wide.bmp').write_bytes(bitmap(wide))
+      Image.fromarray(picture).save(path, lossless=True)
   (tmp_path / 'text.jpg').write_text('no picture')
   assert main(f'--model_dir={undisturbed.model_dir}',
               f'--predict={",".join(paths)}') == 1
@@ -420,11 +412,13 @@ def test_predict(main, tmp_path, monkeypatch, capsys, log, undisturbed):
                        for i in np.argsort(-found, kind='stable')[:3])
   shown = dict(line.split(': ')
                for line in capsys.readouterr().out.splitlines())
-  assert [*shown] == paths[:5] + paths[7:]
-  assert [shown[path] for path in paths[:5]] == [expected] * 5
-  assert shown[paths[7]] == shown[paths[9]]  # what is transparent is white
+  assert [*shown] == paths[:6] + paths[8:]
+  assert [shown[path] for path in paths[:6]] == [expected] * 6
+  # What is transparent is white; grey is grey in any format.
+  assert [shown[path] for path in paths[8:10]] == [
+      shown[path] for path in paths[10:]]
   errors = [line for line in log if 'Cannot read the picture' in line]
-  assert [path in line for path, line in zip(paths[5:7], errors)] == [True] * 2
+  assert [path in line for path, line in zip(paths[6:8], errors)] == [True] * 2
   monkeypatch.setenv('HOME', str(tmp_path))
   assert main(f'--model_dir={undisturbed.model_dir}',
               '--predict=~/square.png') == 0

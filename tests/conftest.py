@@ -11,7 +11,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import time
 
 from absl import flags
 import numpy as np
@@ -112,7 +111,6 @@ class Run:
   screen: helpers.Screen
   printed: list[str]  # on standard output
   tensors: dict  # of the last checkpoint
-  seconds: float  # from the first step on
 
 
 @pytest.fixture(scope='session')
@@ -134,15 +132,12 @@ def undisturbed(tmp_path_factory):
 
 def run_undisturbed(folder):
   folder.mkdir()
-  started = []
   status, screen = helpers.run_on_terminal(
-      helpers.train_command(folder / 'model', f'--export_dir={folder}/export'),
-      at=b'Step 1 of', then=lambda _: started.append(time.monotonic()))
+      helpers.train_command(folder / 'model', f'--export_dir={folder}/export'))
   assert status == 0, screen.rows
   return Run(folder / 'model', folder / 'export', screen,
              [row for row in screen.rows if row.startswith('{')],
-             helpers.tensors(folder / 'model' / 'model.ckpt-150'),
-             time.monotonic() - started[0])
+             helpers.tensors(folder / 'model' / 'model.ckpt-150'))
 
 
 @pytest.fixture(scope='session')

@@ -321,7 +321,7 @@ ONE, TWO = '127.0.0.1:1', '127.0.0.1:2'
     tf_config('worker', 7, worker=[ONE, TWO]),
     tf_config('chief', 0, chief=[ONE], ps=[TWO]),
     *(tf_config('worker', 0, worker=[ONE, other]) for other in (
-        ONE, '127.0.0.1', '127.0.0.1:99999', '127.0.0.1:x'))])
+        ONE, 'host', 'host:99999', 'host:0', 'host:-1', 'host:x'))])
 def test_cluster_that_is_none(monkeypatch, config):
   monkeypatch.setenv('TF_CONFIG', config)
   with pytest.raises(cifar10.Cifar10Error,

@@ -5,7 +5,6 @@ faults, one after another, in one model folder.
 """
 
 import itertools
-import os
 import pathlib
 import random
 import re
@@ -219,28 +218,10 @@ def read_only(chance, model_dir):
     remount('rw')
 
 
-def one_core(chance, model_dir):
-  """It goes on, and says that the numbers will differ: so with a copy."""
-  copy = model_dir.parent / 'copy'
-  if model_dir.exists():
-    shutil.copytree(model_dir, copy)
-  goes_on = list(copy.glob('model.ckpt-*.index'))
-  cores = os.sched_getaffinity(0)
-  process = helpers.start(
-      helpers.train_command(copy),
-      preexec_fn=lambda: os.sched_setaffinity(0, {min(cores)}))
-  _, log = helpers.finish(process)
-  shutil.rmtree(copy)
-  assert process.returncode == 0, log
-  warned = 'with 1: the numbers will differ' in log
-  assert warned == bool(goes_on and len(cores) > 1), log
-  return []
-
-
 FAULTS = [
     kill, kill, *map(send, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)),
     stop_and_continue, second_run, flags_that_must_not_matter, damage, damage,
-    full_disk, read_only, one_core]
+    full_disk, read_only]
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def test_evaluation_of_the_originals_checkpoint(
   np.testing.assert_array_equal(inferred['classes'], golden['eval/classes'])
 
 
-def test_goes_on_from_a_model_folder_of_2017(data_dir, tmp_path, log, golden):
+def test_goes_on_from_a_model_folder_of_2017(data_dir, tmp_path, log):
   model_dir = tmp_path / 'model'
   helpers.place_originals_checkpoint(model_dir)
   before = helpers.contents(model_dir)
@@ -138,10 +138,6 @@ def test_goes_on_from_a_model_folder_of_2017(data_dir, tmp_path, log, golden):
   assert before.items() - after.items() == {
       (model_dir / 'checkpoint', before[model_dir / 'checkpoint'])}
   assert model_dir / 'model.ckpt-312512.index' in after
-  kernel = helpers.tensors(
-      model_dir / 'model.ckpt-312512')['conv2d/kernel/Momentum']
-  assert np.isfinite(kernel).all()
-  assert not np.array_equal(kernel, golden['final/conv2d/kernel/Momentum'])
 
 
 @pytest.mark.parametrize(

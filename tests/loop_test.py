@@ -4,7 +4,6 @@ import itertools
 import os
 import re
 import signal
-import sys
 import time
 from unittest import mock
 
@@ -352,6 +351,14 @@ def test_interrupted_evaluation(data_dir, model_dir, capsys, log, trained):
   assert capsys.readouterr().out.splitlines() == trained.printed[-1:]
 
 
+def test_interrupted_at_the_end_of_a_cycle(data_dir, tmp_path, log):
+  """The next run evaluates at once: all log lines of the training are there."""
+  assert not helpers.run(
+      data_dir, tmp_path / 'model', lambda: True, train_steps=1)
+  assert log[-2].startswith('Loss for final step: ')
+  assert log[-1].startswith('Stopped after step 1, ')
+
+
 def test_other_images_or_cores(data_dir, tmp_path, monkeypatch, log):
   """A run says so once if they differ from those of the run before."""
   for step, (now, expected) in enumerate([
@@ -368,17 +375,11 @@ def test_other_images_or_cores(data_dir, tmp_path, monkeypatch, log):
     assert all(expected in line for line in said)
 
 
-def test_nothing_of_a_system_is_taken_for_granted(
-    data_dir, tmp_path, monkeypatch, capsys):
+def test_cores_that_the_process_may_use(monkeypatch):
+  """Not every system tells them."""
   conditions = cifar10_main.conditions
   monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {3},
                       raising=False)
   assert conditions(helpers.small_settings(use_synthetic_data=True)) == [1, 1]
-  for module, name in ((os, 'geteuid'), (os, 'sched_getaffinity'),
-                       (os, 'tcgetpgrp'), (os, 'getpgrp'), (signal, 'SIGHUP')):
-    monkeypatch.delattr(module, name)
-  monkeypatch.setitem(sys.modules, 'fcntl', None)
+  monkeypatch.delattr(os, 'sched_getaffinity')
   assert conditions(helpers.small_settings()) == [0, os.cpu_count()]
-  stop = cifar10_main.StopRequest('SIGTERM', 'SIGHUP')
-  assert helpers.run(data_dir, tmp_path / 'model', interrupted=stop)
-  stop.end()
