@@ -78,7 +78,8 @@ def reason(error: Exception) -> str:
   """Returns the line of an error that tells most, fit for a terminal."""
   # TensorFlow puts lines about its graph before it, and names of nodes into it.
   about_the_graph = r'Graph execution error|Detected at node|<stack|\s|$'
-  lines = [line for line in str(error).splitlines()
+  text = getattr(error, 'strerror', None) or str(error)  # without its number
+  lines = [line for line in text.splitlines()
            if not re.match(about_the_graph, line)] or [type(error).__name__]
   line = re.sub(r'\{\{.*?\}\} ?| \[Op:.*', '', lines[0])
   # It may come from a server: not without end.
@@ -219,7 +220,7 @@ def refuse_arguments(argv: list[str]) -> None:
 
 def cannot_write(place: str, error: Exception, flag: str) -> Cifar10Error:
   """Returns what to say of an OSError or OpError, with the cure that fits."""
-  text = getattr(error, 'strerror', None) or reason(error)
+  text = reason(error)
   code = errno.errorcode.get(getattr(error, 'errno', None), '')
   cure = f'name another {flag}'
   if re.search('ENOSPC|EDQUOT|No space left|quota', code + text):

@@ -1142,12 +1142,14 @@ def read_picture(path: str) -> tf.Tensor:
   """Returns the middle square of a picture, scaled to float32 [32, 32, 3].
 
   Raises:
-    OpError: It cannot be read, or is no JPEG, PNG, GIF, BMP or WebP.
+    OSError: It cannot be read.
+    OpError: It is no JPEG, PNG, GIF, BMP or WebP.
   """
-  data = tf.io.read_file(os.fsencode(os.path.expanduser(path)))
+  with open(os.path.expanduser(path), 'rb') as file:
+    data = file.read()
   picture = tf.cast(
       tf.io.decode_image(data, expand_animations=False), tf.float32)
-  picture = tf.image.rot90(picture, quarter_turns(data.numpy()))
+  picture = tf.image.rot90(picture, quarter_turns(data))
   height, width, channels = picture.shape
   if channels in (2, 4):  # what is transparent becomes white
     opacity = picture[..., -1:] / 255
@@ -1171,7 +1173,7 @@ def predict(settings: Settings, paths: Iterable[str]) -> bool:
     shown = cifar10.printable(path)
     try:
       image = tf.image.per_image_standardization(read_picture(path))
-    except tf.errors.OpError as error:
+    except (OSError, tf.errors.OpError) as error:
       log.error('Cannot read the picture %s (%s)', shown, reason(error))
       all_read = False
       continue

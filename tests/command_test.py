@@ -12,7 +12,7 @@ from unittest import mock
 
 from absl import flags, logging
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 import pytest
 import tensorflow as tf
 
@@ -26,8 +26,6 @@ def main(script_flags, usual_signals, monkeypatch):
   """Parses flags and runs main; returns what it exits with."""
   monkeypatch.setattr(cifar10_main, 'show_log', lambda: logging.set_verbosity(
       logging.INFO))
-  monkeypatch.setattr(
-      tf.config.experimental, 'enable_op_determinism', mock.Mock())
 
   def run_main(*arguments):
     flags.FLAGS.unparse_flags()
@@ -81,7 +79,8 @@ def test_settings_out_of_range(main, flag):
      '--use_synthetic_data$'),
     ('--predict=', 'predict=.*: must name pictures'),
     ('--predict=a.png,', 'must name pictures'),
-    ('--predict=a.png --export_dir=b', r'At most one of \(predict, export_dir'),
+    ('--predict=a.png --export_dir=b', 'use --predict alone'),
+    ('--predict=a.png --eval_only', 'use --predict alone'),
     # Nothing is trained for hours to find that then.
     (f'--export_dir={os.curdir}', 'export_dir=. is there already: name a new')])
 def test_other_arguments_that_cannot_be(
@@ -107,7 +106,6 @@ def test_settings_are_the_flags(main, monkeypatch):
   expected = {**given, 'data_dir': '/home/me/d', 'model_dir': '/home/me/m'}
   assert vars(train.call_args.args[0]) == expected
   assert vars(cifar10_main.Settings(**given)) == expected
-  tf.config.experimental.enable_op_determinism.assert_called_once_with()
   cifar10_main.define_flags()
   assert main('--use_synthetic_data') == 0
   settings = train.call_args.args[0]
@@ -116,7 +114,6 @@ def test_settings_are_the_flags(main, monkeypatch):
   assert settings.resnet_size is settings.seed is None
   assert (settings.train_steps, settings.batch_size) == (100000, 128)
   assert cifar10_main.Settings().model_dir == '/tmp/cifar10_model'
-  tf.config.experimental.enable_op_determinism.assert_called_once_with()
 
 
 @pytest.mark.parametrize(('argument', 'expected'), [
@@ -168,7 +165,9 @@ def test_reason_is_the_line_that_tells(text, expected):
     (tf.errors.ResourceExhaustedError(None, None, 'OOM'),
      'The device has too little memory: try a smaller --batch_size'),
     (tf.errors.UnimplementedError(None, None, 'no such layout'),
-     r'This device cannot do that \(no such layout\): .*--data_format.*')])
+     r'This device cannot do that \(no such layout\): .*--data_format.*'),
+    (tf.errors.InvalidArgumentError(None, None, 'x only supports NHWC.'),
+     r'This device cannot do that \(x only supports NHWC.\): .*')])
 def test_device_that_is_not_enough(main, monkeypatch, error, expected):
   monkeypatch.setattr(
       cifar10_main, 'train_and_evaluate', mock.Mock(side_effect=error))
@@ -324,6 +323,8 @@ def test_export_is_whole_or_not_there(tmp_path, monkeypatch):
 
   state = helpers.make_state(data_format='channels_first')
   fails('', cifar10_main.export, state, str(there))
+  with pytest.raises(ValueError, match='must be a local path'):
+    cifar10_main.export(state, str(tmp_path / 'a[1]'))  # could not be loaded
   # It is tried before a training.
   fails('', cifar10_main.folder_beside(str(there / 'new')).__enter__)
   with monkeypatch.context() as patch:
@@ -394,8 +395,8 @@ def test_predict(main, tmp_path, monkeypatch, capsys, log, undisturbed):
   pictures = {
       'square.png': image.repeat(8, 0).repeat(8, 1), 'wide.png': wide,
       'large.png': large, 'opaque.png': with_alpha(large, 255),
-      'wide.bmp': wide, 'wide.webp': wide,
-      'missing.png': None, 'text.jpg': None,
+      'wide.bmp': wide, 'wide\x1b.webp': wide,
+      'missing\udcff.png': None, 'text.jpg': None,
       'clear.png': with_alpha(wide, clear_below), 'grey.png': wide[:, :, 0],
       'white.png': np.where(clear_below[:, :, None], wide, np.uint8(255)),
       'grey.gif': wide[:, :, 0]}
@@ -410,6 +411,7 @@ def test_predict(main, tmp_path, monkeypatch, capsys, log, undisturbed):
   found = serve(images=image[None])['probabilities'][0].numpy()
   expected = ', '.join(f'{cifar10.CLASSES[i]} {found[i]:.1%}'
                        for i in np.argsort(-found, kind='stable')[:3])
+  paths = [cifar10.printable(path) for path in paths]
   shown = dict(line.split(': ')
                for line in capsys.readouterr().out.splitlines())
   assert [*shown] == paths[:6] + paths[8:]
@@ -432,11 +434,28 @@ def test_predict(main, tmp_path, monkeypatch, capsys, log, undisturbed):
       cifar10.CLASSES[found.argmax()], pytest.approx(found.max()))
 
 
+@pytest.mark.parametrize('endian', '<>')
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8])
+def test_picture_is_turned_as_the_camera_says(tmp_path, endian, orientation):
+  stored = Image.linear_gradient('L').resize([64, 32])
+  exif = Image.Exif()
+  exif[ExifTags.Base.Make] = 'of the camera'
+  exif[ExifTags.Base.Orientation] = orientation
+  exif.endian = endian
+  stored.save(tmp_path / 'stored.jpg', exif=exif, quality=100)
+  with Image.open(tmp_path / 'stored.jpg') as picture:
+    ImageOps.exif_transpose(picture).save(tmp_path / 'turned.png')
+  stored, turned = (cifar10_main.read_picture(str(tmp_path / name))
+                    for name in ('stored.jpg', 'turned.png'))
+  np.testing.assert_allclose(stored, turned, atol=8)
+
+
 TWICE = """
 import logging, runpy, sys
 logging.getLogger('another').info('not shown')
 cifar10_main.logging.info('not shown')
 cifar10_main.logging.warning('shown')
+assert logging.os.environ['TF_ENABLE_ONEDNN_OPTS'] == '1'  # half as fast else
 print(results, confusion_matrix.shape, cifar10_main.make_state(
     cifar10_main.Settings(resnet_size=14)).network, 'keras' in sys.modules)
 for steps in (1, 2):

@@ -57,8 +57,7 @@ def test_flags(script_flags, arguments):
       cifar10_main, train_and_evaluate=mock.DEFAULT,
       evaluate_only=mock.DEFAULT, predict=mock.DEFAULT, export=mock.DEFAULT,
       open_model=mock.MagicMock(), folder_beside=mock.MagicMock(),
-      show_log=mock.DEFAULT), mock.patch.object(
-          tf.config.experimental, 'enable_op_determinism'):
+      show_log=mock.DEFAULT):
     try:
       rest = flags.FLAGS(['script', *arguments])
       assert cifar10_main.main(rest) == 0

@@ -1,6 +1,7 @@
 """Tests of the loop: what it trains, logs, evaluates and saves, and when."""
 
 import itertools
+import multiprocessing.pool
 import os
 import re
 import signal
@@ -140,6 +141,27 @@ def test_hooks_see_what_is_logged(
         values['images'].mean((1, 2, 3)), 0, atol=1e-4)
     assert any(line.startswith(f'loss = {values["loss"]!s}, step = {step}')
                for line in log)
+
+
+def test_error_of_a_hook_is_its_own(data_dir, tmp_path):
+  """Not one of the model folder. Here in a thread, which has no signals."""
+  hook = mock.Mock(side_effect=ConnectionError('no tracking server'))
+  with (multiprocessing.pool.ThreadPool(1) as thread,
+        pytest.raises(ConnectionError, match='no tracking server')):
+    thread.apply(helpers.run, [data_dir, tmp_path / 'model', None, [hook]])
+  assert helpers.run(data_dir, tmp_path / 'model')
+  with multiprocessing.pool.ThreadPool(1) as thread:
+    assert thread.apply(helpers.run, [data_dir, tmp_path / 'model', None])
+
+
+def test_only_a_seed_makes_operations_deterministic(
+    data_dir, tmp_path, monkeypatch):
+  """In a notebook too: it has the results of the command."""
+  switch = mock.Mock()
+  monkeypatch.setattr(tf.config.experimental, 'enable_op_determinism', switch)
+  for seed, calls in ((None, 0), (0, 1)):
+    helpers.run(data_dir, tmp_path / str(seed), train_steps=1, seed=seed)
+    assert switch.call_count == calls
 
 
 def test_pieces_and_train_accuracy(monkeypatch):

@@ -75,6 +75,15 @@ def test_status_is_cut_to_a_narrow_terminal():
   assert screen.rows == ['']
 
 
+def test_error_takes_the_place_of_the_status():
+  status, screen = run_code(
+      'with cifar10.errors_in_one_line():\n'
+      '  cifar10.show_status("what is longer than the error")\n'
+      '  raise cifar10.Cifar10Error("the error")')
+  assert status == 1
+  assert screen.rows == ['-c: the error', '']
+
+
 DOWNLOAD = """
 cifar10.RECORDS_PER_FILE, cifar10.RETRY_SECONDS = 50, (0, 0)
 cifar10.define_flags()
