@@ -143,24 +143,23 @@ def test_hooks_see_what_is_logged(
                for line in log)
 
 
-def test_error_of_a_hook_is_its_own(data_dir, tmp_path):
+def test_error_of_a_hook_is_its_own(data_dir, tmp_path, log_steps):
   """Not one of the model folder. Here in a thread, which has no signals."""
-  hook = mock.Mock(side_effect=ConnectionError('no tracking server'))
+  log_steps(3)
+  hook = mock.Mock(side_effect=[None, ConnectionError('no tracking server')])
   with (multiprocessing.pool.ThreadPool(1) as thread,
         pytest.raises(ConnectionError, match='no tracking server')):
     thread.apply(helpers.run, [data_dir, tmp_path / 'model', None, [hook]])
-  assert helpers.run(data_dir, tmp_path / 'model')
-  with multiprocessing.pool.ThreadPool(1) as thread:
-    assert thread.apply(helpers.run, [data_dir, tmp_path / 'model', None])
+  assert [call.args[0] for call in hook.call_args_list] == [1, 4]
 
 
-def test_only_a_seed_makes_operations_deterministic(
-    data_dir, tmp_path, monkeypatch):
+def test_only_a_seed_makes_operations_deterministic(tmp_path, monkeypatch):
   """In a notebook too: it has the results of the command."""
   switch = mock.Mock()
   monkeypatch.setattr(tf.config.experimental, 'enable_op_determinism', switch)
   for seed, calls in ((None, 0), (0, 1)):
-    helpers.run(data_dir, tmp_path / str(seed), train_steps=1, seed=seed)
+    with pytest.raises(cifar10.Cifar10Error, match='is missing'):
+      helpers.run(tmp_path, tmp_path, seed=seed)
     assert switch.call_count == calls
 
 
