@@ -27,6 +27,7 @@ References:
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
+import errno
 import functools
 import glob
 import logging as python_logging
@@ -1147,6 +1148,9 @@ def read_picture(path: str) -> tf.Tensor:
   """
   with open(os.path.expanduser(path), 'rb') as file:
     data = file.read()
+  if data.startswith(b'BM') and data[28:29] < b'\x18':  # bits of each pixel
+    # TensorFlow would take the numbers of its colours for shades of grey.
+    raise OSError(errno.EINVAL, 'a BMP with a palette: save it as PNG')
   picture = tf.cast(
       tf.io.decode_image(data, expand_animations=False), tf.float32)
   picture = tf.image.rot90(picture, quarter_turns(data))
