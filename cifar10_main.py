@@ -27,7 +27,6 @@ References:
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
-import errno
 import functools
 import glob
 import logging as python_logging
@@ -627,6 +626,8 @@ class Checkpoints:
 def open_model(settings: Settings, may_be_new: bool = True
                ) -> tuple[TrainState, Checkpoints]:
   """Returns the state of the newest checkpoint in model_dir, or a new one."""
+  if settings.seed is not None:  # the same bits each time
+    tf.config.experimental.enable_op_determinism()
   checkpoints = Checkpoints(settings.model_dir)
   # Of several machines, only the first has the folder.
   values = checkpoints.read_newest() if is_chief() else {}
@@ -1077,8 +1078,6 @@ def train_and_evaluate(
   Raises:
     Cifar10Error: Data, checkpoint, loss or folder are not as they should be.
   """
-  if settings.seed is not None:
-    tf.config.experimental.enable_op_determinism()
   eval_data = input_fn('eval', settings)
   stop_button = StopRequest('SIGINT')
   with (cifar10.sole_use(settings.model_dir, '--model_dir') if is_chief()
@@ -1150,7 +1149,8 @@ def read_picture(path: str) -> tf.Tensor:
     data = file.read()
   if data.startswith(b'BM') and data[28:29] < b'\x18':  # bits of each pixel
     # TensorFlow would take the numbers of its colours for shades of grey.
-    raise OSError(errno.EINVAL, 'a BMP with a palette: save it as PNG')
+    raise tf.errors.UnimplementedError(
+        None, None, 'a BMP with a palette: save it as PNG')
   picture = tf.cast(
       tf.io.decode_image(data, expand_animations=False), tf.float32)
   picture = tf.image.rot90(picture, quarter_turns(data))
@@ -1312,8 +1312,8 @@ def main(argv: list[str]) -> int:
       elif isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         what = (f'Another machine does not answer ({reason(error)}): start all '
                 'again, they go on from the last checkpoint')
-      elif isinstance(error, CANNOT_COMPUTE) or 'only supports NHWC' in str(
-          error):  # as bf16 on a CPU
+      elif (isinstance(error, CANNOT_COMPUTE)
+            or 'only supports NHWC' in str(error)):  # as bf16 on a CPU
         what = (f'This device cannot do that ({reason(error)}): try --xla=off, '
                 'without --data_format and --dtype')
       else:
