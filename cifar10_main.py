@@ -910,6 +910,7 @@ def export(state: TrainState, export_dir: str) -> None:
 
   Raises:
     Cifar10Error: The folder exists or cannot be written.
+    ValueError: The flag would not take its path.
   """
   export_dir = cifar10.PathParser().parse(export_dir)
   # Not every device has convolutions with the channels first.
